@@ -1,0 +1,111 @@
+"""The three values that travel: cells as a source gives them, cells as the network reads them, what it says about them.
+
+Axes, here and in every shape annotation: `cell`, `token` (a gene of a cell, or its `<cls>`), `row` (a token whose state was asked for),
+`gene`, `width`, `head`, `class`. A batch of cells is *packed*: all tokens of all cells stand in one row without padding and `offsets` says
+where each cell begins. Inside a cell the order is `<cls>`, visible genes, asked genes; `n_visible` counts the first two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+
+class CellBatch(NamedTuple):
+    """Cells as a source gives them: sparse expression over genes that the vocabulary knows."""
+
+    counts: csr_array
+    """cell x gene, canonical CSR: sorted, no duplicates, no stored zeros; float32 or float64, finite, >= 0."""
+    gene_ids: Int[np.ndarray, "gene"]
+    """Vocabulary id of each column; no id twice."""
+    rows: Int[np.ndarray, "cell"]
+    """Where the cells stood in their source; provenance only."""
+    labels: dict[str, Int[np.ndarray, "cell"]]
+    """Integer codes of the columns asked for, by role (`batch`, `cell_type`, ...)."""
+
+
+class TokenBatch(NamedTuple):
+    """Cells as the network reads them, packed."""
+
+    gene_ids: Int[Tensor, "token"]
+    values: Float[Tensor, "token"]
+    """What the network gets as the token's value: its value bin, -1 where hidden, the `<cls>` value first in each cell. Not read at asked tokens."""
+    flags: Int[Tensor, "token"] | None
+    """Condition of the token (0 none, 1 perturbed, ...); needs `n_flags` in the ModelConfig."""
+    dose: Float[Tensor, "token"] | None
+    offsets: Int[Tensor, "cell+1"]
+    n_visible: Int[Tensor, "cell"]
+    """Tokens of the cell that others may attend to, `<cls>` included; the tokens after them are asked."""
+    targets: Float[Tensor, "token"] | None
+    """Value to predict; NaN where nothing is asked."""
+    modality: Int[Tensor, "token"] | None
+    labels: dict[str, Int[Tensor, "cell"]]
+    cell: Float[Tensor, "cell width"] | None
+    """Given cell states that replace the embedded `<cls>`: to generate from (cell prompt)."""
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of all cells together."""
+        return self.gene_ids.shape[0]
+
+    def cell_of_token(self) -> Int[Tensor, "token"]:
+        """For every token the number of its cell."""
+        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.offsets.device), self.offsets.diff(), output_size=self.n_tokens)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to `device`; tensors already there are shared."""
+        moved = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in self._asdict().items()}
+        moved["labels"] = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
+        return type(self)(**moved)
+
+    def check(self) -> Self:
+        """Assert everything the class says about itself; return it unchanged.
+
+        For tests and for code that builds batches by hand: a broken batch is our fault, so this raises AssertionError.
+        """
+        n, cells = self.n_tokens, self.n_cells
+        assert cells >= 0, "offsets must have at least one entry"
+        assert int(self.offsets[0]) == 0, f"offsets start at {int(self.offsets[0])}, not 0"
+        assert int(self.offsets[-1]) == n, f"offsets end at {int(self.offsets[-1])}, but there are {n} tokens"
+        lengths = self.offsets.diff()
+        assert bool((lengths >= 1).all()), "every cell has at least its <cls>"
+        assert bool(((self.n_visible >= 1) & (self.n_visible <= lengths)).all()), "1 <= n_visible <= length in every cell"
+        for name in ("values", "flags", "dose", "targets", "modality"):
+            value = getattr(self, name)
+            assert value is None or value.shape == (n,), f"{name} has shape {tuple(value.shape)}, expected ({n},)"
+        assert bool(torch.isfinite(self.values).all()), "values must be finite"
+        if self.targets is not None:
+            asked = torch.arange(n, device=self.offsets.device) - self.offsets[:-1][self.cell_of_token()] >= self.n_visible[self.cell_of_token()]
+            assert bool(torch.isfinite(self.targets[asked]).all()), "every asked token has a finite target"
+            assert bool((asked | (self.values == -1) | self.targets.isnan()).all()), "a target stands at an asked token or at a hidden value (-1)"
+        for name, label in self.labels.items():
+            assert label.shape == (cells,), f"label {name!r} has shape {tuple(label.shape)}, expected ({cells},)"
+        assert self.cell is None or self.cell.shape[0] == cells, "cell holds one state per cell"
+        return self
+
+
+class Encoded(NamedTuple):
+    """What the network says about a `TokenBatch`."""
+
+    states: Float[Tensor, "row width"]
+    """Output of the last layer at `rows`."""
+    rows: Int[Tensor, "row"] | None
+    """The tokens that `states` stand for, ascending; None: all tokens."""
+    genes: Float[Tensor, "token width"]
+    """Output of the gene encoder: no value, no context."""
+    cell: Float[Tensor, "cell width"]
+    """State of `<cls>`: the cell embedding."""
+    context: Float[Tensor, "token width"] | None
+    """Batch + modality embedding that the heads append to the states; never fed to the transformer."""
