@@ -36,7 +36,7 @@ class TokenBatch(NamedTuple):
 
     gene_ids: Int[Tensor, "token"]
     values: Float[Tensor, "token"]
-    """What the network gets as the token's value: its value bin, -1 where hidden, the `<cls>` value first in each cell. Not read at asked tokens."""
+    """The token's value: its value bin, -1 where hidden, the `<cls>` value first in each cell. Not read at asked tokens."""
     flags: Int[Tensor, "token"] | None
     """Condition of the token (0 none, 1 perturbed, ...); needs `n_flags` in the ModelConfig."""
     dose: Float[Tensor, "token"] | None
@@ -62,11 +62,15 @@ class TokenBatch(NamedTuple):
 
     def cell_of_token(self) -> Int[Tensor, "token"]:
         """For every token the number of its cell."""
-        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.offsets.device), self.offsets.diff(), output_size=self.n_tokens)
+        return torch.repeat_interleave(
+            torch.arange(self.n_cells, device=self.offsets.device), self.offsets.diff(), output_size=self.n_tokens
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to `device`; tensors already there are shared."""
-        moved = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in self._asdict().items()}
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in self._asdict().items()
+        }
         moved["labels"] = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
         return type(self)(**moved)
 
@@ -87,9 +91,14 @@ class TokenBatch(NamedTuple):
             assert value is None or value.shape == (n,), f"{name} has shape {tuple(value.shape)}, expected ({n},)"
         assert bool(torch.isfinite(self.values).all()), "values must be finite"
         if self.targets is not None:
-            asked = torch.arange(n, device=self.offsets.device) - self.offsets[:-1][self.cell_of_token()] >= self.n_visible[self.cell_of_token()]
+            asked = (
+                torch.arange(n, device=self.offsets.device) - self.offsets[:-1][self.cell_of_token()]
+                >= self.n_visible[self.cell_of_token()]
+            )
             assert bool(torch.isfinite(self.targets[asked]).all()), "every asked token has a finite target"
-            assert bool((asked | (self.values == -1) | self.targets.isnan()).all()), "a target stands at an asked token or at a hidden value (-1)"
+            assert bool((asked | (self.values == -1) | self.targets.isnan()).all()), (
+                "a target stands at an asked token or at a hidden value (-1)"
+            )
         for name, label in self.labels.items():
             assert label.shape == (cells,), f"label {name!r} has shape {tuple(label.shape)}, expected ({cells},)"
         assert self.cell is None or self.cell.shape[0] == cells, "cell holds one state per cell"

@@ -1,0 +1,33 @@
+"""The objectives: one loss with its own head per file, and the table that names them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from annformer.model.config import ModelConfig
+from annformer.objectives.affine import Affine, AffineConfig
+from annformer.objectives.cce import CCE, CCEConfig
+from annformer.objectives.cls import CLS, CLSConfig
+from annformer.objectives.dar import DAR, DARConfig
+from annformer.objectives.ecs import ECS, ECSConfig
+from annformer.objectives.gep import GEP, GEPConfig
+from annformer.objectives.gepc import GEPC, GEPCConfig
+from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, Prediction
+
+OBJECTIVES: dict[str, type[Objective]] = {"affine": Affine, "cce": CCE, "cls": CLS, "dar": DAR, "ecs": ECS, "gep": GEP, "gepc": GEPC}
+"""Kind -> objective. A new one is a file and a row here, and its config in `AnyObjectiveConfig`."""
+
+AnyObjectiveConfig = Annotated[
+    AffineConfig | CCEConfig | CLSConfig | DARConfig | ECSConfig | GEPConfig | GEPCConfig,
+    Field(discriminator="kind"),
+]
+
+
+def build(config: AnyObjectiveConfig, model: ModelConfig) -> Objective:
+    """Build the objective that `config.kind` names, with its head sized for `model`."""
+    return OBJECTIVES[config.kind](config, model)
+
+
+__all__ = ["OBJECTIVES", "AnyObjectiveConfig", "Encode", "Loss", "Objective", "ObjectiveConfig", "Prediction", "build"]
