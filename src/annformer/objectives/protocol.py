@@ -101,7 +101,9 @@ def expression_losses(prediction: Prediction, encoded: Encoded, tokens: TokenBat
     target, asked = asked_of(encoded, tokens)
     count = asked.sum()
     if prediction.bin_logits is not None:
-        each = F.cross_entropy(prediction.bin_logits.float(), target.long().clamp(0, prediction.bin_logits.shape[-1] - 1), reduction="none")
+        each = F.cross_entropy(
+            prediction.bin_logits.to(target.dtype), target.long().clamp(0, prediction.bin_logits.shape[-1] - 1), reduction="none"
+        )
     else:
         each = (prediction.value.to(target.dtype) - target) ** 2
     losses = {name: Loss((each * asked).sum(), count)}
