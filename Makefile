@@ -1,0 +1,53 @@
+# Each target sets up what it needs: Python >= 3.11 and pip are enough.
+#   PYTHON=python3.11      the interpreter the environment is made with
+#   TORCH_INDEX=URL        where else torch may come from: by default the index of CPU builds (no CUDA);
+#                          for an NVIDIA card e.g. TORCH_INDEX=https://download.pytorch.org/whl/cu128
+#   JOBS=2                 processes that the tests use, one thread each
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
+.PHONY: help demo test test-slow lint docs bench
+
+help:
+	@echo "make demo | test | test-slow | lint | docs | bench"
+
+# torch first and alone, so that nothing else decides which build is taken
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) --no-deps --constraint constraints.txt --extra-index-url "$(TORCH_INDEX)" --retries 1 --timeout 30 torch
+	$(PIP) --constraint constraints.txt --editable ".[report,evaluate,cluster]" --group test --group lint
+	touch $@
+
+$(VENV)/.ready-docs: $(READY)
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/annformer demo --out demo
+
+test: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
+bench: $(READY)
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

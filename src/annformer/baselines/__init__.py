@@ -1,0 +1,6 @@
+"""The simple method beside every task; knows nothing of the rest of annformer."""
+
+from annformer.baselines.gene_mean import gene_means
+from annformer.baselines.pca import pca_embedding
+
+__all__ = ["gene_means", "pca_embedding"]

@@ -1,0 +1,94 @@
+"""From the words of a command line to the arguments of a typed function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any
+
+from annformer.errors import InputError, input_error
+
+ALWAYS = ("--help", "-h", "--config", "--print_config")
+
+
+def arguments(name: str, command: Callable[..., int | None], words: list[str]) -> dict[str, Any] | None:
+    """Parse `words` by the signature of `command`.
+
+    Positional parameters are the bare words, keyword-only ones the options; their text is the docstring's.
+
+    Returns
+    -------
+    The keyword arguments, or None when the words asked for help, which is then printed.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    options = {f"--{p.name}": p.annotation for p in inspect.signature(command).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    words = _normalise(name, words, options)
+    parser = ArgumentParser(prog=f"annformer {name}", exit_on_error=False, allow_abbrev=False, description=_first_lines(command))
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; what is typed wins")
+    parser.add_function_arguments(command, as_group=False, as_positional=True)
+    if "--help" in words or "-h" in words:
+        parser.print_help()
+        return None
+    try:
+        values = parser.parse_args(words).as_dict()
+    except ArgumentError as error:
+        raise _wrong_words(name, str(error), command, words) from None
+    except SystemExit:  # --print_config, answered by jsonargparse
+        return None
+    values.pop("config", None)
+    return values
+
+
+def _normalise(name: str, words: list[str], options: dict[str, Any]) -> list[str]:
+    """Spell options with underscores, let a bare flag stand for true, refuse options that do not exist."""
+    known = [*options, *ALWAYS]
+    result = []
+    for position, word in enumerate(words):
+        if not word.startswith("-") or word == "-" or _is_number(word):
+            result.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        option = option if option == "-h" else "--" + option.lstrip("-").replace("-", "_")
+        if option not in known:
+            near = get_close_matches(option, known, n=2, cutoff=0.5)
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"`annformer {name} --help` says what each one does"
+            found = f"`annformer {name}` has no option {word.partition('=')[0]}"
+            raise input_error(found, "one of " + ", ".join(options), remedy)
+        following = words[position + 1].lower() if position + 1 < len(words) else ""
+        if options.get(option) in (bool, "bool") and not equals and following not in ("true", "false"):
+            equals, value = "=", "true"
+        result.append(option + equals + value)
+    return result
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_lines(command: Callable[..., int | None]) -> str:
+    text = inspect.getdoc(command) or ""
+    return text.split("\n\nParameters\n")[0].split("\n\nReturns\n")[0]
+
+
+def _wrong_words(name: str, text: str, command: Callable[..., int | None], words: list[str]) -> InputError:
+    """Say what jsonargparse refused in the words that the user typed."""
+    remedy = f"see `annformer {name} --help`"
+    parameters = inspect.signature(command).parameters.values()
+    spelt = {p.name: f"--{p.name}" if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in parameters}
+    if text.startswith("the following arguments are required: "):
+        missing = [spelt.get(word, word) for word in text.partition(": ")[2].split(", ")]
+        usage = " ".join(f"--{p.name} ..." if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in parameters if p.default is p.empty)
+        return input_error(f"`annformer {name}` was called without {', '.join(missing)}", f"annformer {name} {usage}", remedy)
+    if text.startswith("Problems parsing config: "):
+        recipe = next((value for option, value in pairwise(words) if option == "--config"), "the recipe")
+        return input_error(f"{recipe} cannot be read: {' '.join(text.partition(': ')[2].split())}", "a YAML file", "correct it")
+    for key, word in spelt.items():
+        text = text.replace(f'Parser key "{key}":', f"{word}:")
+    return input_error(" ".join(text.split()).rstrip("."), "words and options as the help describes them", remedy)

@@ -1,0 +1,274 @@
+"""Source -> tokens -> cell states, over any number of cells in bounded memory: the loop that every task on finished models shares.
+
+A reader thread fetches and tokenizes the next cells while the network works on the present ones. Cells are read in runs of `size`, sorted
+by length inside the run, cut into forwards by a token budget, and handed back in the order of the source. Which cells share a forward
+changes nothing but the last float32 digit, because cells never see each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from annformer.data.source import CellSource
+from annformer.scgpt import ScGPT
+from annformer.tokenizer import TokenizerSettings, tokenize
+from annformer.tokens import CellBatch, TokenBatch
+
+CELLS_PER_READ = 512
+"""Cells read, tokenized and handed back together; runs of 512 read from disk at near sequential speed and cost a few MB."""
+TOKENS_PER_FORWARD = {"cpu": 32_768, "cuda": 262_144}
+"""Token budget of one forward by device type: the activations of one layer stay below 1 GB at 512 wide."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Prepared(NamedTuple):
+    rows: Int[np.ndarray, "cell"]
+    order: Int[np.ndarray, "cell"]
+    """Position in `rows` of each tokenized cell; the cells are sorted by length."""
+    tokens: TokenBatch
+
+
+def encode_cells(
+    model: ScGPT,
+    source: CellSource,
+    *,
+    settings: TokenizerSettings | None = None,
+    start: int = 0,
+    size: int | None = None,
+    max_tokens: int | None = None,
+    workers: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Int[np.ndarray, "cell"], Float[np.ndarray, "cell width"]]]:
+    """Cell states of all cells of `source`, run by run, in the order of the source.
+
+    Parameters
+    ----------
+    model
+        The network runs where its weights are; it works in evaluation mode and gets its own mode back at the end.
+    settings
+        How cells become tokens; the model's own by default.
+    start
+        First row, to go on with work done before.
+    size
+        Cells per run; by default `CELLS_PER_READ`.
+    max_tokens
+        Tokens per forward; by default `TOKENS_PER_FORWARD` of the device. A cell longer than that still goes through, alone.
+    workers
+        Threads that read and tokenize ahead; 0 does it in turn.
+    advance
+        Called with the number of cells after every forward, for a progress bar.
+
+    Yields
+    ------
+    Rows of the source and their float32 states, not normalised. Cells without any expressed gene of the vocabulary are NaN.
+    """
+    settings = settings or model.tokenizer
+    batches = iter(source.batches(size or CELLS_PER_READ, vocab=model.vocab, start=start))
+    with evaluating(model):
+        for prepared in read_ahead(batches, lambda cells: _prepare(cells, model, settings), workers):
+            yield prepared.rows, _encode(model, prepared, max_tokens, advance)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def read_ahead(items: Iterator[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
+    """`map(work, items)` with `workers` threads that run ahead by at most `workers` + 1 results; the order is kept.
+
+    `items` is only ever advanced by one thread at a time; `work` runs in parallel.
+    """
+    if workers == 0:
+        yield from map(work, items)
+        return
+    lock, numbered = Lock(), enumerate(items)
+
+    def job() -> tuple[int, R | None]:
+        with lock:
+            number, item = next(numbered, (-1, None))
+        return number, None if item is None else work(item)
+
+    done: dict[int, R | None] = {}
+    wanted = 0
+    with ThreadPoolExecutor(workers, thread_name_prefix="annformer-read") as pool:
+        pending: deque[Future[tuple[int, R | None]]] = deque(pool.submit(job) for _ in range(workers + 1))
+        try:
+            while pending:
+                number, result = pending.popleft().result()
+                if number >= 0:
+                    done[number] = result
+                    pending.append(pool.submit(job))
+                while wanted in done:
+                    yield done.pop(wanted)  # type: ignore[misc]  # None stands only beside the number -1
+                    wanted += 1
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _prepare(cells: CellBatch, model: ScGPT, settings: TokenizerSettings) -> _Prepared:
+    order = np.argsort(np.diff(cells.counts.indptr), kind="stable")
+    labels = {name: label[order] for name, label in cells.labels.items()}
+    ordered = cells._replace(counts=cells.counts[order], rows=cells.rows[order], labels=labels)
+    return _Prepared(cells.rows, order, tokenize(ordered, settings, cls_id=model.vocab.cls_id))
+
+
+def _encode(
+    model: ScGPT, prepared: _Prepared, max_tokens: int | None, advance: Callable[[int], None] | None
+) -> Float[np.ndarray, "cell width"]:
+    device = next(model.parameters()).device
+    budget = max_tokens or TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["cpu"])
+    offsets = prepared.tokens.offsets.numpy()
+    n_empty = int((np.diff(offsets) == 1).sum())  # sorted by length: they come first
+    states = np.full((len(offsets) - 1, model.config.model.width), np.nan, dtype=np.float32)
+    for first, last in _cuts(offsets, n_empty, budget):
+        states[prepared.order[first:last]] = _forward(model, _part(prepared.tokens, first, last).to(device))
+        if advance is not None:
+            advance(last - first)
+    if advance is not None and n_empty:
+        advance(n_empty)
+    return states
+
+
+def _forward(model: ScGPT, tokens: TokenBatch) -> Float[np.ndarray, "cell width"]:
+    with torch.inference_mode():
+        cell: Tensor = model.encode(tokens, wanted="cell").cell
+        return cell.float().cpu().numpy()
+
+
+def _cuts(offsets: Int[np.ndarray, "cell+1"], first: int, budget: int) -> Iterator[tuple[int, int]]:
+    n_cells = len(offsets) - 1
+    while first < n_cells:
+        last = int(np.searchsorted(offsets, offsets[first] + budget, side="right")) - 1
+        last = min(max(last, first + 1), n_cells)
+        yield first, last
+        first = last
+
+
+def _part(tokens: TokenBatch, first: int, last: int) -> TokenBatch:
+    """Cells `first` to `last`; tensors are views."""
+    begin, end = int(tokens.offsets[first]), int(tokens.offsets[last])
+    per_token = ("gene_ids", "values", "flags", "dose", "targets", "modality")
+    cut = {name: value[begin:end] for name in per_token if (value := getattr(tokens, name)) is not None}
+    labels = {name: label[first:last] for name, label in tokens.labels.items()}
+    return tokens._replace(**cut, offsets=tokens.offsets[first : last + 1] - begin, n_visible=tokens.n_visible[first:last], labels=labels)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What encoding all cells of a source will take, from a few of its cells."""
+
+    n_cells: int
+    mean_tokens: float
+    seconds: float
+    memory_bytes: int
+    hints: tuple[str, ...]
+    """What would make it shorter; empty below one minute."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rate = self.n_cells / max(self.seconds, 1e-9)
+        head = (
+            f"{self.n_cells:,} cells with {self.mean_tokens:,.0f} tokens on average: about {_span(self.seconds)}"
+            f" ({rate:,.{0 if rate >= 10 else 1}f} cells/s) and {self.memory_bytes / 1e9:.1f} GB of memory"
+        )
+        return [head, *([f"shorter with {'; '.join(self.hints)}"] if self.hints else [])]
+
+
+def estimate(
+    model: ScGPT,
+    source: CellSource,
+    *,
+    settings: TokenizerSettings | None = None,
+    start: int = 0,
+    max_tokens: int | None = None,
+    n_timed: int = 16,
+) -> Estimate:
+    """Time `n_timed` cells that stand for all lengths met at a few places of `source` and say what the whole will take.
+
+    Parameters
+    ----------
+    start
+        Rows before it are done already.
+    n_timed
+        Cells to time: a few seconds' work for the largest published model on one core.
+    """
+    settings = settings or model.tokenizer
+    n_cells = source.n_obs - start
+    places = np.linspace(start, max(start, source.n_obs - 32), 4).astype(np.int64)
+    rows = np.unique(places[:, None] + np.arange(min(32, n_cells)))
+    began = time.perf_counter()
+    cells = next(iter(source.batches(len(rows), vocab=model.vocab, rows=rows)))
+    reading = (time.perf_counter() - began) / len(rows)
+    n_genes = np.diff(cells.counts.indptr)
+    chosen = _spread(cells, n_genes, n_timed)
+    _time(model, _spread(cells, n_genes, 2), settings, max_tokens)  # the first call compiles and fills caches
+    encoding = _time(model, chosen, settings, max_tokens) / len(chosen.rows)
+    lengths = np.minimum(n_genes, settings.max_length - 1) + 1
+    seconds = n_cells * max(reading, encoding)
+    return Estimate(n_cells, float(lengths.mean()), seconds, _memory(model, n_cells, max_tokens), _hints(model, lengths, seconds))
+
+
+def _spread(cells: CellBatch, n_genes: Int[np.ndarray, "cell"], wanted: int) -> CellBatch:
+    """`wanted` cells at evenly spaced ranks of length."""
+    ranks = ((np.arange(min(wanted, len(n_genes))) + 0.5) * len(n_genes) / min(wanted, len(n_genes))).astype(int)
+    picked = np.argsort(n_genes, kind="stable")[ranks]
+    return cells._replace(counts=cells.counts[picked], rows=cells.rows[picked], labels={k: v[picked] for k, v in cells.labels.items()})
+
+
+def _time(model: ScGPT, cells: CellBatch, settings: TokenizerSettings, max_tokens: int | None) -> float:
+    began = time.perf_counter()
+    with evaluating(model):
+        _encode(model, _prepare(cells, model, settings), max_tokens, None)
+    return time.perf_counter() - began
+
+
+def _memory(model: ScGPT, n_cells: int, max_tokens: int | None) -> int:
+    """Of this process now, one layer's activations of a full forward, and the result."""
+    config = model.config.model
+    device = next(model.parameters()).device.type
+    tokens = max_tokens or TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["cpu"])
+    activations = 4 * tokens * (8 * config.width + config.ff_width) if device == "cpu" else 0
+    return int(psutil.Process().memory_info().rss) + activations + 4 * n_cells * config.width
+
+
+def _hints(model: ScGPT, lengths: Int[np.ndarray, "cell"], seconds: float) -> tuple[str, ...]:
+    if seconds < 60:
+        return ()
+    half = int(lengths.max()) // 2
+    share = np.minimum(lengths, half).sum() / lengths.sum()
+    hints = [f"max_length={half} (fewer genes of the long cells): about {_span(seconds * share)}"]
+    if next(model.parameters()).device.type == "cpu":
+        hints.append("device='cuda'" if torch.cuda.is_available() else "a GPU (device='cuda')")
+    config = model.config.model
+    hints.append(f"a smaller model (this one is {config.n_layers} layers deep and {config.width} wide)")
+    return tuple(hints)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

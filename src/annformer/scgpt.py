@@ -1,0 +1,282 @@
+"""ScGPT: the network, its objectives, its vocabulary and its tokenizer settings as one model that is saved and loaded as one folder."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, JsonValue
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from annformer import checkpoints
+from annformer.config import Config
+from annformer.convert import from_authors, refuse_unknown, tensor_error, to_authors
+from annformer.errors import input_error
+from annformer.model.config import ModelConfig
+from annformer.model.encoder import CellEncoder, Wanted
+from annformer.objectives import AnyObjectiveConfig, Loss, Objective, build
+from annformer.tokenizer import TokenizerSettings
+from annformer.tokens import Encoded, TokenBatch
+from annformer.vocab import GeneVocab
+
+FORMAT = 1
+"""Number of the format of `config.json` and of the names in `model.safetensors`."""
+
+
+class ModelFolderConfig(Config):
+    """What `config.json` of a model folder says."""
+
+    format: Literal[1] = 1
+    model: ModelConfig
+    tokenizer: TokenizerSettings = TokenizerSettings.read({}, where="defaults")
+    objectives: dict[str, AnyObjectiveConfig] = Field(default_factory=dict)
+    """By name, which is also the name of the head's tensors."""
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+    """Where the weights come from: `name`, and whatever its maker wrote down."""
+
+
+class ScGPT(nn.Module):
+    """A foundation model of cells: transformer, objectives, vocabulary, tokenizer settings.
+
+    Parameters
+    ----------
+    config
+        Sizes, settings, objectives. Weights are random; `from_pretrained` reads them.
+    vocab
+        The genes behind the rows of the gene table.
+    """
+
+    objectives: nn.ModuleDict
+
+    def __init__(self, config: ModelFolderConfig, vocab: GeneVocab) -> None:
+        super().__init__()
+        if len(vocab) != config.model.vocab_size:
+            found = f"the vocabulary has {len(vocab)} tokens, the model {config.model.vocab_size} rows for them"
+            raise input_error(found, "as many tokens as rows", "use the vocab.json that belongs to the model")
+        self.config = config
+        self.vocab = vocab
+        self.encoder = CellEncoder(config.model)
+        self.objectives = nn.ModuleDict({name: build(settings, config.model) for name, settings in config.objectives.items()})
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, drop: Collection[str] = (), device: torch.device | str = "cpu") -> Self:
+        """Load a model, in evaluation mode.
+
+        Parameters
+        ----------
+        source
+            A model folder, a checkpoint folder of scGPT's authors (`args.json`, `vocab.json`, `best_model.pt`), a named checkpoint such as
+            "scgpt-human", or "org/repository" on the Hugging Face Hub.
+        drop
+            Objectives to leave out with their heads.
+
+        Raises
+        ------
+        InputError
+            When there is no such model, or with every tensor that is missing, unexpected, misshaped or not finite.
+        """
+        folder = _locate(source)
+        read = _read_ours if (folder / "config.json").is_file() else _read_authors
+        config, vocab, weights = read(folder, drop)
+        with torch.device("meta"):
+            model = cls(config, vocab)
+        model.to_empty(device=device)
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Write `config.json`, `vocab.json`, `model.safetensors` and `README.md`, whole or not at all.
+
+        A model that stands there is replaced; a folder with anything else in it is refused.
+
+        Parameters
+        ----------
+        card
+            Text of the model card; by default one is made from the settings.
+        """
+
+        def fill(fresh: Path) -> None:
+            (fresh / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            self.vocab.to_json(fresh / "vocab.json")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+            (fresh / "README.md").write_text(card if card is not None else self._card(), encoding="utf-8")
+
+        checkpoints.write_folder(Path(folder), checkpoints.MODEL_FILES, fill)
+
+    def save_for_authors(
+        self, folder: str | Path, *, spelling: Literal["Wqkv", "in_proj"] = "Wqkv", drop: Collection[str] = ()
+    ) -> list[str]:
+        """Write a checkpoint that the authors' code reads; return what a user of it should know.
+
+        Parameters
+        ----------
+        spelling
+            Of the attention weights: "Wqkv" as in the published checkpoints, "in_proj" as their code writes it without flash-attn.
+        drop
+            Objectives to leave out, and `asked` for the vector of asked tokens.
+
+        Raises
+        ------
+        InputError
+            With everything in this model that their code cannot express.
+        """
+        objectives = {name: settings.model_dump() for name, settings in self.config.objectives.items()}
+        theirs = to_authors(self.config.model, self.tokenizer, objectives, self.state_dict(), spelling=spelling, drop=drop)
+        checkpoints.write_authors(Path(folder), theirs.args, self.vocab, theirs.weights)
+        return theirs.notes
+
+    @property
+    def tokenizer(self) -> TokenizerSettings:
+        """How cells become tokens for this model."""
+        return self.config.tokenizer
+
+    @property
+    def name(self) -> str:
+        """What the model is called in results."""
+        return str(self.config.provenance.get("name", "unnamed"))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of settings, vocabulary and weights: results of two models with the same fingerprint may be mixed."""
+        digest = hashlib.sha256(self.config.model_dump_json(exclude={"provenance"}).encode())
+        digest.update("\n".join(self.vocab.tokens).encode())
+        for key, tensor in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def encode(self, tokens: TokenBatch, wanted: Wanted = "all") -> Encoded:
+        """States of a packed batch; `wanted` says which of them the last layer computes."""
+        encoded: Encoded = self.encoder(tokens, wanted)
+        return encoded
+
+    def losses(self, tokens: TokenBatch) -> dict[str, Loss]:
+        """Losses of all objectives by name, unweighted; each objective has its own `weight`."""
+        wanted: Wanted = "cell" if tokens.targets is None else "targets"
+
+        def encode(batch: TokenBatch) -> Encoded:
+            return self.encode(batch, wanted)
+
+        encoded = encode(tokens)
+        losses: dict[str, Loss] = {}
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            losses |= objective.losses(encoded, tokens, encode)
+        return losses
+
+    def _card(self) -> str:
+        config, model = self.config, self.config.model
+        made = "\n".join(f"- {key}: {json.dumps(value)}" for key, value in config.provenance.items()) or "- not recorded"
+        return f"""# {self.name}
+
+A foundation model of single cells in the format of [annformer](https://pypi.org/project/annformer/) (format {config.format}).
+
+- vocabulary: {len(self.vocab.genes):,} genes
+- network: {model.n_layers} layers, {model.width} wide, {model.n_heads} heads, {sum(p.numel() for p in self.parameters()):,} parameters
+- tokens: {config.tokenizer.values}, {config.tokenizer.n_bins} bins, at most {config.tokenizer.max_length} per cell
+- objectives: {", ".join(config.objectives) or "none"}
+
+## Where it comes from
+
+{made}
+
+## Use
+
+```python
+import annformer as af
+
+model = af.ScGPT.from_pretrained("this folder")
+af.embed(adata, model)
+```
+
+For research. What the model was trained on limits what it knows: check it against a simple method on your own cells.
+"""
+
+
+def _locate(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if folder.exists():
+        found = f"{source} is a file"
+        raise input_error(found, "the folder of a model", "give the folder that holds config.json, or args.json")
+    if name in checkpoints.CHECKPOINTS or name in checkpoints.BY_HAND:
+        return checkpoints.fetch(name, progress=True)
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name):
+        return checkpoints.fetch_from_hub(name)
+    known = [*checkpoints.CHECKPOINTS, *checkpoints.BY_HAND]
+    near = difflib.get_close_matches(name, known)
+    found = f"there is no model {name!r}"
+    remedy = f"did you mean {', '.join(near)}" if near else "check the path"
+    raise input_error(found, f"a folder, 'org/repository' on the Hugging Face Hub, or one of {', '.join(known)}", remedy)
+
+
+_Read = tuple[ModelFolderConfig, GeneVocab, Mapping[str, Tensor]]
+
+
+def _read_authors(folder: Path, drop: Collection[str]) -> _Read:
+    if not (folder / "args.json").is_file() and not (folder / "best_model.pt").is_file():
+        checkpoints.require_files(folder, checkpoints.MODEL_FILES[:3])
+    args, vocab, tensors = checkpoints.read_authors(folder)
+    converted = from_authors(args, tensors, vocab, drop=drop)
+    fields = {
+        "model": converted.model,
+        "tokenizer": converted.tokenizer,
+        "objectives": converted.objectives,
+        "provenance": {"name": folder.name, "made_by": "the authors' scGPT code, converted", "notes": converted.notes},
+    }
+    return ModelFolderConfig.read(fields, where=str(folder / "args.json")), vocab, converted.weights
+
+
+def _read_ours(folder: Path, drop: Collection[str]) -> _Read:
+    checkpoints.require_files(folder, checkpoints.MODEL_FILES[:3])
+    config = read_config(folder)
+    refuse_unknown(drop, config.objectives, "head")
+    kept = config.with_(objectives={name: settings.model_dump() for name, settings in config.objectives.items() if name not in drop})
+    vocab = GeneVocab.from_json(folder / "vocab.json")
+    with torch.device("meta"):
+        expected = dict(ScGPT(config, vocab).state_dict())
+    weights = _read_safetensors(folder / "model.safetensors", expected)
+    dropped = tuple(f"objectives.{name}." for name in drop)
+    return kept, vocab, {key: tensor for key, tensor in weights.items() if not key.startswith(dropped)} if dropped else weights
+
+
+def read_config(folder: Path) -> ModelFolderConfig:
+    """Read `config.json` of a model folder of ours."""
+    path = folder / "config.json"
+    fields = checkpoints.read_json(path)
+    if (number := fields.get("format")) != FORMAT:
+        found = f"{path} has format {number!r}"
+        remedy = "install the newer annformer that wrote it" if isinstance(number, int) and number > FORMAT else "give a model of annformer"
+        raise input_error(found, f"format {FORMAT}", remedy)
+    return ModelFolderConfig.read(fields, where=str(path))
+
+
+def _read_safetensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no iterator
+    except (SafetensorError, OSError) as error:
+        found = f"{path} cannot be read: {error}"
+        raise input_error(found, "a safetensors file, complete", "copy or save the model again") from None
+    problems = [f"missing: {key}" for key in expected if key not in weights]
+    problems += [f"unexpected: {key} {tuple(tensor.shape)}" for key, tensor in weights.items() if key not in expected]
+    for key in sorted(expected.keys() & weights.keys()):
+        have, want = weights[key], expected[key]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            problems.append(f"misshaped: {key} is {have.dtype} {tuple(have.shape)}, expected {want.dtype} {tuple(want.shape)}")
+        elif not bool(torch.isfinite(have).all()):
+            problems.append(f"not finite: {key}")
+    if problems:
+        raise tensor_error(str(path), problems, "the tensors that config.json describes, complete")
+    return weights

@@ -1,0 +1,1 @@
+"""What a biologist calls: one file for each task, none imports another."""

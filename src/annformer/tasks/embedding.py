@@ -1,0 +1,340 @@
+"""Cells to embeddings: `embed` for an AnnData in memory, `embed_file` from file to file in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+import annformer
+from annformer.data.anndata import AnnDataSource
+from annformer.data.write import Addition, Content, write_copy
+from annformer.errors import AnnformerWarning, input_error
+from annformer.genes import GeneMatch
+from annformer.inference import encode_cells, estimate
+from annformer.scgpt import ScGPT
+from annformer.tasks._output import Output
+from annformer.tokenizer import TokenizerSettings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+Empty = Literal["nan", "error", "drop"]
+
+ESTIMATE_ABOVE = 2_000
+"""Cells from which on a few are timed first."""
+FLUSH_EVERY = 4_096
+"""Cells after which the work done is made safe on the disk."""
+
+
+def embed(
+    adata: AnnData,
+    model: ScGPT | str | Path,
+    *,
+    key_added: str = "X_annformer",
+    gene_key: str | None = None,
+    layer: str | None = None,
+    orthologs: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    seed: int | None = None,
+    empty: Empty = "nan",
+    device: str | None = None,
+    workers: int = 1,
+    progress: bool | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Embed every cell: one vector of length 1 that says what the network makes of its expressed genes.
+
+    The same cell gets the same vector (to 1e-6) in whatever file, order, chunk or gene order it stands.
+
+    Parameters
+    ----------
+    adata
+        Raw counts, or what is left of them; where they are is found out and logged.
+    model
+        A loaded model, a model folder, or the name of a checkpoint.
+    gene_key
+        Column of `var` with gene names; None: `var_names`.
+    layer
+        Layer with the counts; None: layers "counts" and "raw_counts", X, `.raw.X`, the first that holds counts.
+    orthologs
+        Gene name in `adata` -> human gene symbol, for other species.
+    max_length
+        Most genes read per cell, plus one; None: as the model was trained. Fewer is faster and coarser.
+    seed
+        Of the choice of genes in longer cells, and of ties between equal counts; None: the model's.
+    empty
+        What becomes of cells without any expressed gene that the model knows: a row of NaN and a warning, an error, or left out (only
+        with `copy`).
+    device
+        Where to compute, such as "cuda"; None: where the model is.
+    workers
+        Threads that read ahead; 0: none.
+    progress
+        Show a progress bar; None: when stderr is a terminal.
+    copy
+        Return a copy with the embedding instead of writing into `adata`.
+
+    Returns
+    -------
+    None, or the copy. Sets `obsm[key_added]` (float32, rows of length 1) and `uns["annformer"][key_added]` (model, settings, counts, gene
+    match, version) and nothing else.
+    """
+    _check_choice("empty", empty, ("nan", "error", "drop"))
+    _check_least("workers", workers, 0)
+    if empty == "drop" and not copy:
+        found = "empty='drop' would take cells out of your AnnData"
+        raise input_error(found, "copy=True beside it", "pass copy=True, or use empty='nan'")
+    model = _loaded(model, device)
+    source = AnnDataSource(adata, gene_key=gene_key, layer=layer, orthologs=orthologs)
+    settings = _settings(model, max_length, seed)
+    match = _matched(source, model)
+    rows = np.empty((source.n_obs, model.config.model.width), dtype=np.float32)
+    written = 0
+    for run in _embeddings(model, source, settings, empty=empty, workers=workers, progress=progress):
+        rows[written : written + len(run)] = run
+        written += len(run)
+    keep = ~np.isnan(rows[:, 0])
+    _require_some(keep)
+    _warn_empty(np.flatnonzero(~keep), source.obs_names, empty)
+    target = adata.copy() if copy else adata
+    target.obsm[key_added] = rows
+    target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: _record(model, settings, source, match, keep)}
+    if not copy:
+        return None
+    return target[keep].copy() if empty == "drop" and not keep.all() else target
+
+
+def embed_file(
+    path_in: str | Path,
+    path_out: str | Path,
+    *,
+    model: ScGPT | str | Path,
+    key_added: str = "X_annformer",
+    gene_key: str | None = None,
+    layer: str | None = None,
+    orthologs: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    seed: int | None = None,
+    empty: Empty = "nan",
+    content: Content = "all",
+    device: str | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    progress: bool | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Embed every cell of a file and write a copy of the file with the embedding: `embed` in memory that does not grow with the cells.
+
+    The output appears whole or not at all. Until then the work done stands beside it in `<path_out>.partial`, from where a killed run goes
+    on with `resume=True` to the very same result.
+
+    Parameters
+    ----------
+    path_in
+        h5ad, zarr, 10x `.h5` or mtx folder. The last two are read whole when the output is written.
+    path_out
+        Ends in `.h5ad` or `.zarr`.
+    content
+        "all": everything the input holds, and the embedding. "embedding": only `obs` and the embedding.
+    threads
+        Threads of the network; None: as torch is set.
+    resume
+        Go on with an interrupted run, if there is one; refused when model, settings or input are not the same. Without it such work is
+        discarded.
+    overwrite
+        Replace `path_out` when it exists, at the end.
+
+    Other parameters are those of `embed`.
+
+    Returns
+    -------
+    What it also writes to `uns["annformer"][key_added]`.
+    """
+    _check_choice("empty", empty, ("nan", "error", "drop"))
+    _check_least("workers", workers, 0)
+    _check_choice("content", content, ("all", "embedding"))
+    _check_least("threads", threads, 1)
+    output = Output(Path(path_in), Path(path_out), overwrite=overwrite)
+    with output, _torch_threads(threads):
+        source = AnnDataSource(output.path_in, gene_key=gene_key, layer=layer, orthologs=orthologs)
+        model = _loaded(model, device)
+        settings = _settings(model, max_length, seed)
+        match = _matched(source, model)
+        shape = (source.n_obs, model.config.model.width)
+        output.require_room(shape, copied=content == "all")
+        job = {"model": model.fingerprint, **settings.model_dump(), "counts": source.counts.where, "genes": _hash(match)}
+        rows = output.begin(job, shape, resume=resume)
+        for run in _embeddings(model, source, settings, empty=empty, start=rows.done, workers=workers, progress=progress):
+            rows.append(run)
+            if rows.unsafe >= FLUSH_EVERY:
+                rows.flush()
+        rows.flush()
+        keep = np.concatenate([~np.isnan(block[:, 0]) for block in rows.blocks()])
+        _require_some(keep)
+        _warn_empty(np.flatnonzero(~keep), source.obs_names, empty)
+        record = _record(model, settings, source, match, keep)
+        addition = Addition(key_added, shape, rows.blocks, record)
+        left_out = empty == "drop" and not keep.all()
+        write_copy(source.container, output.path_in, output.result, addition, keep=keep if left_out else None, content=content)
+        output.publish()
+    return record
+
+
+def _loaded(model: ScGPT | str | Path, device: str | None) -> ScGPT:
+    place = None if device is None else _device(device)
+    if not isinstance(model, ScGPT):
+        return ScGPT.from_pretrained(model, device=place or "cpu")
+    return model if place is None else model.to(place)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        found = f"there is no device {name!r} here ({str(error).splitlines()[0]})"
+        raise input_error(found, "cpu, or the name of an accelerator that torch finds", "leave device (--device) out") from None
+    return device
+
+
+def _settings(model: ScGPT, max_length: int | None, seed: int | None) -> TokenizerSettings:
+    asked = {"max_length": max_length, "seed": seed}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    return TokenizerSettings.read(model.tokenizer.model_dump() | changes, where="what was asked for")
+
+
+def _matched(source: AnnDataSource, model: ScGPT) -> GeneMatch:
+    """Match the genes; refuse what this task cannot give the model."""
+    if model.config.model.input_norm == "domain" or model.config.model.batch_context:
+        found = f"the model {model.name} was fine-tuned with a batch label for every cell"
+        raise input_error(found, "a model that reads genes and values only", "embed with the pretrained model it was made from")
+    return source.match(model.vocab)
+
+
+def _embeddings(
+    model: ScGPT,
+    source: AnnDataSource,
+    settings: TokenizerSettings,
+    *,
+    empty: Empty,
+    start: int = 0,
+    workers: int = 1,
+    progress: bool | None = None,
+) -> Iterator[Float[np.ndarray, "cell width"]]:
+    """Runs of embeddings in order, divided by their length; says beforehand what it will take and shows how it goes."""
+    if source.n_obs - start > ESTIMATE_ABOVE:
+        for line in estimate(model, source, settings=settings, start=start).lines():
+            logger.info(line)
+    with _progress_bar(source.n_obs, start, progress=progress) as advance:
+        runs = encode_cells(model, source, settings=settings, start=start, workers=workers, advance=advance)
+        with closing(runs):  # type: ignore[type-var]  # a generator
+            for where, states in runs:
+                if empty == "error" and np.isnan(states[:, 0]).any():
+                    raise _empty_error(where[np.isnan(states[:, 0])], source.obs_names)
+                yield states / np.linalg.norm(states, axis=1, keepdims=True)
+
+
+@contextmanager
+def _progress_bar(n_cells: int, done: int, *, progress: bool | None) -> Iterator[Any]:
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("embedding", total=n_cells, completed=done, rate="")
+
+        def advance(n: int) -> None:
+            bar.update(task, advance=n, rate=f"{bar.tasks[0].speed or 0:,.1f} cells/s")
+
+        yield advance
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _record(
+    model: ScGPT, settings: TokenizerSettings, source: AnnDataSource, match: GeneMatch, keep: Bool[np.ndarray, "cell"]
+) -> dict[str, Any]:
+    """For `uns`: how the embedding came about, in values that h5ad and zarr hold."""
+    counts = source.counts
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "settings": settings.model_dump(),
+        "counts": {"where": counts.where, "kind": counts.kind, "note": counts.note},
+        "genes": _plain(match.report().to_dict()),
+        "n_empty": int((~keep).sum()),
+        "version": annformer.__version__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Without None, which older readers do not know, and without gene names as keys, which may hold a `/`."""
+    if not isinstance(value, Mapping):
+        return value
+    if value and all(isinstance(inner, list) for inner in value.values()):
+        return [f"{name}: {', '.join(map(str, inner))}" for name, inner in value.items()]
+    return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+
+
+def _hash(match: GeneMatch) -> str:
+    return hashlib.sha256(np.ascontiguousarray(match.ids).tobytes()).hexdigest()[:16]
+
+
+def _require_some(keep: Bool[np.ndarray, "cell"]) -> None:
+    if not keep.any():
+        found = f"none of the {len(keep):,} cells has an expressed gene that the model knows"
+        raise input_error(found, "cells with counts", "look at the file with `annformer inspect`; choose another layer (--layer)")
+
+
+def _warn_empty(rows: np.ndarray, names: np.ndarray, empty: Empty) -> None:
+    if len(rows):
+        fate = "they are left out" if empty == "drop" else "their embedding is NaN"
+        msg = f"{_named(rows, names)} no expressed gene that the model knows: {fate}"
+        warnings.warn(msg, AnnformerWarning, stacklevel=3)
+
+
+def _empty_error(rows: np.ndarray, names: np.ndarray) -> ValueError:
+    remedy = "filter them out, or say what should become of them: empty='nan' or 'drop' (--empty)"
+    return input_error(f"{_named(rows, names)} no expressed gene that the model knows", "expressed genes in every cell", remedy)
+
+
+def _named(rows: np.ndarray, names: np.ndarray) -> str:
+    first = ", ".join(str(names[int(row)]) for row in rows[:5])
+    more = ", ..." if len(rows) > 5 else ""
+    return f"{len(rows):,} {'cell has' if len(rows) == 1 else 'cells have'} ({first}{more})"
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        found = f"{name}={value!r}"
+        raise input_error(found, "one of " + ", ".join(map(repr, choices)), f"choose one of them for {name}")
+
+
+def _check_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        found = f"{name}={value}"
+        raise input_error(found, f"at least {least}", f"leave {name} out, or give a larger number")

@@ -1,0 +1,258 @@
+"""What users do wrong, as one table: how to make it, the command, the words that must be in the one message that answers it.
+
+Every issue adds its rows. `test_bad_inputs.py` runs each row inside a fresh folder and holds it to the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix
+
+
+@dataclass
+class Kit:
+    """What a row may use to make its files; the working folder holds `model/` and `cells.h5ad` already."""
+
+    folder: Path
+    adata: Callable[..., AnnData]
+
+    def cells(self, change: Callable[[AnnData], AnnData | None] | None = None, **options: Any) -> None:
+        """Write `cells.h5ad` after `change`, which edits the cells or returns others."""
+        adata = self.adata(**options)
+        changed = None if change is None else change(adata)
+        (adata if changed is None else changed).write_h5ad(self.folder / "cells.h5ad")
+
+    def tensors(self, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+        """Change the weights of `model/`."""
+        tensors = load_file(self.folder / "model" / "model.safetensors")
+        change(tensors)
+        save_file(tensors, self.folder / "model" / "model.safetensors")
+
+    def vocabulary(self, change: Callable[[dict[str, int]], None]) -> None:
+        """Change the vocabulary of `model/`."""
+        path = self.folder / "model" / "vocab.json"
+        ids = json.loads(path.read_text())
+        change(ids)
+        path.write_text(json.dumps(ids))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mistake."""
+
+    name: str
+    argv: str
+    words: tuple[str, ...]
+    make: Callable[[Kit], object] = Kit.cells
+    skip_root: bool = False
+
+
+EMBED = "embed cells.h5ad --model model --out out.h5ad"
+
+
+def _set_values(value: float) -> Callable[[Kit], None]:
+    def change(adata: AnnData) -> None:
+        dense = adata.X.toarray()
+        dense[3, 5] = value
+        adata.X = csr_matrix(dense)
+
+    return lambda kit: kit.cells(change)
+
+
+def _rename(adata: AnnData, names: list[str]) -> None:
+    adata.var_names = names
+
+
+def _truncate(kit: Kit) -> None:
+    data = (kit.folder / "cells.h5ad").read_bytes()
+    (kit.folder / "cells.h5ad").write_bytes(data[: len(data) // 2])
+
+
+def _scale(adata: AnnData) -> None:
+    dense = adata.X.toarray()
+    adata.X = ((dense - dense.mean(0)) / (dense.std(0) + 1e-3)).astype(np.float32)
+
+
+def _drop(name: str) -> Callable[[Kit], None]:
+    return lambda kit: kit.tensors(lambda tensors: tensors.pop(name))
+
+
+def _no_write(kit: Kit) -> None:
+    (kit.folder / "closed").mkdir()
+    (kit.folder / "closed").chmod(0o500)
+
+
+CELLS = [
+    Row("missing file", "embed nowhere.h5ad --model model --out out.h5ad", ("nowhere.h5ad",)),
+    Row("missing file for inspect", "inspect nowhere.h5ad", ("nowhere.h5ad",)),
+    Row("truncated h5ad", EMBED, ("cells.h5ad", "truncated"), _truncate),
+    Row("truncated h5ad for inspect", "inspect cells.h5ad", ("cells.h5ad", "truncated"), _truncate),
+    Row(
+        "a text file with the name of an h5ad",
+        EMBED,
+        ("cells.h5ad",),
+        lambda kit: (kit.folder / "cells.h5ad").write_text("cell,gene\n1,2\n"),
+    ),
+    Row("an empty file", EMBED, ("cells.h5ad",), lambda kit: (kit.folder / "cells.h5ad").write_bytes(b"")),
+    Row(
+        "a file of another kind",
+        "embed cells.xlsx --model model --out out.h5ad",
+        ("cells.xlsx",),
+        lambda kit: (kit.folder / "cells.xlsx").write_bytes(b"PK"),
+    ),
+    Row("no overlap in genes", EMBED, ("gene", "%"), lambda kit: kit.cells(lambda a: _rename(a, [f"locus_{i}" for i in range(a.n_vars)]))),
+    Row("gene names are positions", EMBED, ("gene",), lambda kit: kit.cells(lambda a: _rename(a, [str(i) for i in range(a.n_vars)]))),
+    Row("negative values", EMBED, ("negative",), _set_values(-1.0)),
+    Row("scaled values", EMBED, ("negative",), lambda kit: kit.cells(_scale)),
+    Row("NaN values", EMBED, ("NaN",), _set_values(np.nan)),
+    Row("infinite values", EMBED, ("inf",), _set_values(np.inf)),
+    Row("zero cells", EMBED, ("no cells",), lambda kit: kit.cells(lambda a: a[:0].copy())),
+    Row("empty cells are refused by choice", EMBED + " --empty error", ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
+    Row("no such gene_key", EMBED + " --gene_key gene_simbol", ("gene_simbol", "gene_symbol"), lambda kit: kit.cells(_with_column)),
+    Row("no such layer", EMBED + " --layer count", ("'count'", "counts"), lambda kit: kit.cells(_with_layer)),
+]
+
+
+def _blank(adata: AnnData) -> None:
+    dense = adata.X.toarray()
+    dense[[3, 7]] = 0
+    adata.X = csr_matrix(dense)
+    adata.obs_names = [f"cell{i}" for i in range(adata.n_obs)]
+
+
+def _with_column(adata: AnnData) -> None:
+    adata.var["gene_symbol"] = adata.var_names
+
+
+def _with_layer(adata: AnnData) -> None:
+    adata.layers["counts"] = adata.X
+
+
+def _reshape(tensors: dict[str, np.ndarray]) -> None:
+    tensors["encoder.value.out.bias"] = np.zeros(7, np.float32)
+
+
+def _add(tensors: dict[str, np.ndarray]) -> None:
+    tensors["encoder.value.extra"] = np.zeros(7, np.float32)
+
+
+def _poison(tensors: dict[str, np.ndarray]) -> None:
+    tensors["encoder.value.out.bias"][0] = np.nan
+
+
+def _gap(ids: dict[str, int]) -> None:
+    ids[max(ids, key=ids.__getitem__)] += 5
+
+
+def _double(ids: dict[str, int]) -> None:
+    first, second = list(ids)[:2]
+    ids[second] = ids[first]
+
+
+def _unknown_setting(kit: Kit) -> None:
+    path = kit.folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "blue"}))
+
+
+class Payload:
+    """Unpickled, it writes a file: the sign that foreign code ran."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch owned",))
+
+
+def _authors(kit: Kit, state: object, **settings: Any) -> None:
+    """Write a folder `theirs/` in the authors' form."""
+    import torch
+
+    folder = kit.folder / "theirs"
+    folder.mkdir()
+    sizes = {"embsize": 16, "nheads": 2, "d_hid": 16, "nlayers": 1, "n_layers_cls": 3, "pad_token": "<pad>", "pad_value": -2}
+    (folder / "args.json").write_text(json.dumps(sizes | settings))
+    (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "<cls>": 1, "<eoc>": 2, "TP53": 3}))
+    torch.save(state, folder / "best_model.pt")
+
+
+MODELS = [
+    Row("missing model", "embed cells.h5ad --model nowhere --out out.h5ad", ("nowhere",)),
+    Row(
+        "a folder that is no model", "embed cells.h5ad --model empty --out out.h5ad", ("empty",), lambda kit: (kit.folder / "empty").mkdir()
+    ),
+    Row("missing tensor", EMBED, ("encoder.value.out.bias", "missing"), _drop("encoder.value.out.bias")),
+    Row("extra tensor", EMBED, ("encoder.value.extra",), lambda kit: kit.tensors(_add)),
+    Row("misshaped tensor", EMBED, ("encoder.value.out.bias", "7"), lambda kit: kit.tensors(_reshape)),
+    Row("NaN tensor", EMBED, ("encoder.value.out.bias", "not finite"), lambda kit: kit.tensors(_poison)),
+    Row("truncated weights", EMBED, ("model.safetensors",), lambda kit: os.truncate(kit.folder / "model" / "model.safetensors", 999)),
+    Row("vocabulary with a gap", EMBED, ("vocab.json",), lambda kit: kit.vocabulary(_gap)),
+    Row("vocabulary with an id twice", EMBED, ("vocab.json",), lambda kit: kit.vocabulary(_double)),
+    Row("vocabulary that is no JSON", EMBED, ("vocab.json",), lambda kit: (kit.folder / "model" / "vocab.json").write_text("{")),
+    Row("settings with an unknown name", EMBED, ("config.json", "colour"), _unknown_setting),
+    Row("settings that are no JSON", EMBED, ("config.json",), lambda kit: (kit.folder / "model" / "config.json").write_text("{")),
+    Row(
+        "malicious pickle",
+        "convert theirs --out ours",
+        ("best_model.pt",),
+        lambda kit: _authors(kit, {"encoder.embedding.weight": Payload()}),
+    ),
+    Row("malicious pickle for inspect", "inspect theirs", ("best_model.pt",), lambda kit: _authors(kit, Payload())),
+    Row("a model for the authors that they cannot express", "convert model --to_authors --drop nothing --out theirs", ("nothing",)),
+    Row("authors' folder without tensors", "convert theirs --out ours", ("encoder.embedding.weight",), lambda kit: _authors(kit, {})),
+]
+
+WORDS = [
+    Row("unknown command", "embde cells.h5ad", ("embde", "did you mean embed")),
+    Row("unknown option", EMBED + " --gene_kye symbol", ("--gene_kye", "did you mean --gene_key")),
+    Row("no words", "embed", ("FILE", "--model", "--out")),
+    Row("no output", "embed cells.h5ad --model model", ("--out",)),
+    Row("option without a value", "embed cells.h5ad --model model --out", ("--out",)),
+    Row("one word too many", "embed cells.h5ad more.h5ad --model model --out out.h5ad", ("more.h5ad",)),
+    Row("a choice that does not exist", EMBED + " --empty keep", ("--empty", "keep", "nan")),
+    Row("a recipe that does not exist", EMBED + " --config recipe.yaml", ("recipe.yaml",)),
+    Row(
+        "a recipe with an unknown name",
+        EMBED + " --config r.yaml",
+        ("colour",),
+        lambda kit: (kit.folder / "r.yaml").write_text("colour: blue\n"),
+    ),
+    Row("a recipe that is no YAML", EMBED + " --config r.yaml", ("r.yaml",), lambda kit: (kit.folder / "r.yaml").write_text("a: [1,\nb")),
+]
+
+PLACES = [
+    Row("output below a regular file", "embed cells.h5ad --model model --out cells.h5ad/out.h5ad", ("cells.h5ad",)),
+    Row("output in a folder that does not exist", "embed cells.h5ad --model model --out nowhere/out.h5ad", ("nowhere",)),
+    Row("output in a place nobody may write", "embed cells.h5ad --model model --out /proc/out.h5ad", ("/proc",)),
+    Row(
+        "read-only output folder",
+        "embed cells.h5ad --model model --out closed/out.h5ad",
+        ("closed", "permission"),
+        _no_write,
+        skip_root=True,
+    ),
+    Row("output is a folder", "embed cells.h5ad --model model --out model", ("model",)),
+    Row("output is the input", "embed cells.h5ad --model model --out cells.h5ad", ("cells.h5ad",)),
+    Row("model below a regular file", "convert model --out cells.h5ad/ours", ("cells.h5ad",)),
+    Row("model in a place nobody may write", "convert model --out /proc/ours", ("/proc",)),
+    Row("model over other files", "convert model --out .", ("cells.h5ad",)),
+]
+
+ROWS = CELLS + MODELS + WORDS + PLACES
+
+FINE = [
+    Row(
+        "duplicate genes are added up", EMBED, ("added",), lambda kit: kit.cells(lambda a: _rename(a, [*a.var_names[:-1], a.var_names[0]]))
+    ),
+    Row("empty cells get NaN", EMBED, ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
+    Row("empty cells are left out by choice", EMBED + " --empty drop", ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
+    Row("dashes instead of underscores", EMBED + " --key-added X_mine", ()),
+    Row("problems are findings, not errors", "inspect cells.h5ad --model model", (), lambda kit: kit.cells(_scale)),
+]
+"""Odd, but answered with exit status 0 and, where there are words, a line that says what was assumed."""

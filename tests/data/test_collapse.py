@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from annformer.data.collapse import Collapsed, Rows, collapse, content_hashes
+
+
+def dense(cells: Collapsed, n_slots: int) -> np.ndarray:
+    return sp.csr_array((cells.data, cells.indices, cells.indptr), shape=(len(cells.indptr) - 1, n_slots)).toarray()
+
+
+@given(seed=st.integers(0, 10_000), n_rows=st.integers(1, 7), n_columns=st.integers(1, 9), n_slots=st.integers(1, 6))
+def test_equals_a_dense_sum(seed: int, n_rows: int, n_columns: int, n_slots: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 2 * n_columns, size=n_rows)
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    indices = rng.integers(n_columns, size=indptr[-1])  # unsorted, with columns that stand twice in a row
+    data = rng.integers(0, 4, size=indptr[-1]).astype(rng.choice(["f4", "f8", "i4", "u1", "i8"]))
+    slots = rng.integers(-1, n_slots, size=n_columns).astype(np.int32)
+    cells = collapse(Rows(indptr, indices, data), slots, n_slots, shared=bool(rng.integers(2)))
+    wanted = np.zeros((n_rows, n_slots))
+    for row in range(n_rows):
+        for k in range(indptr[row], indptr[row + 1]):
+            if slots[indices[k]] >= 0:
+                wanted[row, slots[indices[k]]] += data[k]
+    np.testing.assert_array_equal(dense(cells, n_slots), wanted)
+    assert (cells.data != 0).all()
+    for row in range(n_rows):
+        assert (np.diff(cells.indices[cells.indptr[row] : cells.indptr[row + 1]]) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (np.array([1, 2**24], "i8"), np.float32),
+        (np.array([1, 2**24 + 1], "i8"), np.float64),
+        (np.array([0.5, 3.0]), np.float32),
+        (np.array([0.1, 3.0]), np.float64),
+        (np.array([0.1, 3.0], "f4"), np.float32),
+        (np.array([True, True]), np.float32),
+        (np.array([1e300, 1.0]), np.float64),
+    ],
+)
+def test_values_are_float32_where_that_is_exact(values: np.ndarray, dtype: type) -> None:
+    cells = collapse(Rows(np.array([0, 2]), np.array([1, 0]), values), np.arange(2, dtype=np.int32), 2, shared=False)
+    assert cells.data.dtype == dtype
+    np.testing.assert_array_equal(cells.data, values[::-1].astype(np.float64))
+
+
+def test_sums_of_float32_are_exact() -> None:
+    slots = np.zeros(2, dtype=np.int32)
+    rows = Rows(np.array([0, 2]), np.array([0, 1]), np.array([2.0**24, 1.0], "f4"))
+    for shared in (True, False):  # also when nobody said that columns are shared
+        assert collapse(rows, slots, 1, shared=shared).data.tolist() == [2.0**24 + 1]
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_finds_the_first_bad_value_even_in_a_column_that_is_left_out(bad: float) -> None:
+    rows = Rows(np.array([0, 2, 4]), np.array([0, 1, 0, 1]), np.array([1.0, 2.0, 3.0, bad]))
+    assert collapse(rows, np.array([0, -1], dtype=np.int32), 1, shared=False).first_bad == 3
+
+
+def test_column_numbers_outside_of_the_matrix_are_refused() -> None:
+    for column in (2, -1):
+        with pytest.raises(IndexError, match="outside"):
+            collapse(Rows(np.array([0, 1]), np.array([column]), np.ones(1)), np.arange(2, dtype=np.int32), 2, shared=False)
+
+
+def test_content_hash_depends_on_genes_and_values_only() -> None:
+    rows = Rows(np.array([0, 2, 4, 6, 8]), np.array([0, 1, 1, 0, 0, 1, 0, 2]), np.array([1.0, 2, 2, 1, 2, 1, 1, 2]))
+    first, same, swapped, other_gene = content_hashes(collapse(rows, np.arange(3, dtype=np.int32), 3, shared=False))
+    assert first == same
+    assert len({first, swapped, other_gene}) == 3

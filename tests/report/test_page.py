@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from annformer.report import Bullets, Code, Facts, Note, Page, Table, Text, line_figure, scatter_figure
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+HOSTILE = "</script><script>document.title = 'stolen'</script>"
+
+
+def make_page() -> Page:
+    rng = np.random.default_rng(0)
+    columns = pd.DataFrame(
+        {
+            "label": pd.Categorical(["B", "T", HOSTILE] * 10),
+            "depth": np.r_[np.nan, rng.random(29)],
+            "lane": rng.integers(0, 2, 30).astype(bool),
+        },
+        index=[f"cell{i}" for i in range(30)],
+    )
+    maps = scatter_figure({"ours": rng.normal(size=(30, 2)), "PCA": rng.normal(size=(30, 2))}, columns, caption="Two maps.")
+    curve = line_figure(
+        {"training": ([0, 1, 2], [3.0, 2.0, float("nan")]), "mean": ([0, 2], [2.5, 2.5])}, x="step", y="error", caption="Error."
+    )
+    scores = pd.DataFrame({"method": ["ours", "PCA <x>"], "accuracy": [0.81234, float("nan")], "F1": ["0.7 ± 0.1", "0.8 ± 0.1"]})
+    page = Page("A <title>", "What it is.").add("Maps", Note("PCA is better."), maps).add("Training", curve)
+    return page.add(
+        "Numbers", Text("1 < 2"), Table(scores, "Scores.", bold=[1]), Bullets(["one"]), Facts({"cells": 30}), Code("annformer demo")
+    )
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return make_page().html()
+
+
+class Elements(HTMLParser):
+    """Start tags with attributes, and the text of every element by tag; checks that tags close."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+def test_page_is_well_formed_and_loads_nothing(html):
+    page = Elements(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "action", "data", "poster"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert {"link", "iframe", "object"}.isdisjoint(tag for tag, _ in page.tags)
+    style = "".join(page.text["style"])
+    assert "url(" not in style
+    assert "@import" not in style
+    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
+
+
+def test_every_figure_has_a_still_image_for_readers_without_scripts(html):
+    images = re.findall(r'<noscript><img src="data:image/png;base64,([^"]{1000,})" alt="([^"]+)"></noscript>', html)
+    assert len(images) == 2
+    assert "coloured by label" in images[0][1]
+
+
+def test_plotly_is_inlined_once_and_only_when_needed(html):
+    assert len(re.findall(r"plotly\.js v\d", html)) == 1
+    assert len(Page("No figure").add("Text", Text("nothing to draw")).html()) < 20_000
+
+
+def test_text_is_escaped_everywhere(html):
+    assert "A &lt;title&gt;" in html
+    assert "PCA &lt;x&gt;" in html
+    assert HOSTILE not in html
+    payload = json.loads(re.search(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)[1])
+    assert HOSTILE in payload["columns"][0]["levels"]
+
+
+def test_table_rounds_numbers_and_marks_rows(html):
+    assert "0.812" in html
+    assert "0.81234" not in html
+    assert '<tr class="bold"><td>PCA &lt;x&gt;</td><td class="number">-</td>' in html
+
+
+def test_scatter_columns_become_codes_or_numbers():
+    figure = make_page().sections[0][1][1]
+    label, depth, lane = figure.payload["columns"]
+    assert label["levels"][label["codes"][0]] == "B"
+    assert depth["numbers"][0] is None
+    assert set(lane["levels"]) == {"True", "False"}
+    assert figure.png.startswith(b"\x89PNG")
+
+
+def test_56_categories_all_look_different():
+    payload = make_page().sections[0][1][1].payload
+    looks = {(payload["colours"][i % len(payload["colours"])], payload["symbols"][i % len(payload["symbols"])]) for i in range(56)}
+    assert len(looks) == 56
+
+
+def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "report.html"
+    target.write_text("before")
+    page = make_page()
+    monkeypatch.setattr(Page, "html", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        page.write(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert target.read_text() == "before"
+
+
+def chromium(page: Path, profile: Path, *options: str) -> str:
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    command += [f"--user-data-dir={profile}", "--virtual-time-budget=8000", "--enable-logging=stderr", *options, page.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in run.stderr, run.stderr
+    return run.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: what the page's script draws was not looked at")
+def test_script_draws_both_maps_and_the_curve_in_a_browser(tmp_path):
+    page = make_page().write(tmp_path / "report.html")
+    drawn = chromium(page, tmp_path / "profile", "--dump-dom")
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 3
+    assert drawn.count('aria-pressed="true"') == 3
+    assert "<title>A &lt;title&gt;</title>" in drawn
+    assert 'class="scatterlayer' in drawn
