@@ -3,13 +3,15 @@
 #   TORCH_INDEX=URL        where else torch may come from: by default the index of CPU builds (no CUDA);
 #                          for an NVIDIA card e.g. TORCH_INDEX=https://download.pytorch.org/whl/cu128
 #   JOBS=2                 processes that the tests use, one thread each
+#   CELLS=FILE.h5ad        counts with gene symbols, for the benchmark of embedding
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
+CELLS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
@@ -20,6 +22,7 @@ help:
 
 # torch first and alone, so that nothing else decides which build is taken
 $(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about 2.6 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) --no-deps --constraint constraints.txt --extra-index-url "$(TORCH_INDEX)" --retries 1 --timeout 30 torch
@@ -31,7 +34,7 @@ $(VENV)/.ready-docs: $(READY)
 	touch $@
 
 demo: $(READY)
-	$(BIN)/annformer demo --out demo
+	$(BIN)/annformer demo --out demo --overwrite
 
 test: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
@@ -50,4 +53,9 @@ docs: $(VENV)/.ready-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
 
 bench: $(READY)
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/parity.py tests/golden
+	$(BIN)/python benchmarks/tokenizer.py
+	$(BIN)/python benchmarks/memory.py
+	@test -n "$(CELLS)" || echo "make bench CELLS=FILE.h5ad (counts, gene symbols) also measures embedding"
+	test -z "$(CELLS)" || $(BIN)/python benchmarks/embedding.py "$(CELLS)"

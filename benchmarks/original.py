@@ -338,6 +338,13 @@ def _golden(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
 
 
+def _golden_files(folder: Path, pattern: str) -> list[dict[str, Tensor]]:
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        sys.exit(f"there is no {folder / pattern} to prove the imitation by: no ratio is printed")
+    return [_golden(path) for path in paths]
+
+
 def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / (1 + expected.abs().max()))
 
@@ -345,8 +352,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def _prove_forward(folder: Path) -> float:
     model, worst = Original.load(folder).eval(), []
-    for name in ("forward", "forward_nopad"):
-        golden = _golden(folder / f"{name}.npz")
+    for golden in _golden_files(folder, "forward*.npz"):
         inputs = golden["src"], golden["values"], golden["key_padding_mask"]
         worst.append(_difference(model.encode(*inputs), golden["enc_fastpath"]))
         with slow_path():
@@ -359,8 +365,7 @@ def _prove_forward(folder: Path) -> float:
 @torch.no_grad()
 def _prove_generative(folder: Path) -> float:
     model, worst = Original.load(folder).eval(), []
-    for name in ("generative_nopad", "generative_pad"):
-        golden = _golden(folder / f"{name}.npz")
+    for golden in _golden_files(folder, "generative_*.npz"):
         inputs = golden["pcpt_gene"], golden["pcpt_expr"], golden["gen_gene"]
         first = model.generate(*inputs)
         second = model.generate(*inputs, first.cell, decode_cell=False)
@@ -396,13 +401,15 @@ def _prove_binning(folder: Path) -> float:
 
 def _prove_collator(folder: Path) -> float:
     inputs, wrong = np.load(folder / "tokenization" / "collator_inputs.npz"), 0
-    for style, length in [("pcpt", 50), ("pcpt", 100), ("both", 50), ("both", 100)]:
-        path = folder / "tokenization" / f"collator_{style}_sample_{length}.npz"
+    for path in sorted((folder / "tokenization").glob("collator_*_sample_*.npz")):
+        style, length = path.stem.split("_")[1::2]
+        if style == "gen":  # no training of theirs can use it
+            continue
         arrays = [(inputs[f"genes{i}"], inputs[f"expr{i}"].copy()) for i in range(4)]
         cells = [{"genes": torch.from_numpy(genes), "expressions": torch.from_numpy(values)} for genes, values in arrays]
         np.random.seed(77)  # noqa: NPY002  the golden data were drawn with it
         torch.manual_seed(77)
-        found = Collator(200, length, ratios=[0.25, 0.5, 0.75] if style == "both" else None)(cells)
+        found = Collator(200, int(length), ratios=[0.25, 0.5, 0.75] if style == "both" else None)(cells)
         wrong += sum(not torch.equal(value, _golden(path)[name]) for name, value in found.items())
     return float(wrong)
 

@@ -37,7 +37,7 @@ SOURCES = {
     ANNOTABLES: "Ensembl GRCh38 as in the R package annotables; Ensembl data are free of restrictions",
     GENCODE: "GENCODE id to symbol; GENCODE data are open access",
 }
-# spreadsheets write MARCH1 as 1-Mar; genes.py has a rule for that, and numbers like 3/1 are no names
+# spreadsheets write MARCH1 as 1-Mar; annformer.genes has a rule for that, and numbers like 3/1 are no names
 DATE = re.compile(r"\d{1,2}[-/]\d{1,2}|\d{1,2}-(JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)", re.IGNORECASE)
 # the GENCODE list has lost the suffix of clone names (AC092092.3): what is left is no gene
 CLONE = re.compile(r"[A-Z]\d{5}|[A-Z]{2}\d{6}|[A-Z]{4}\d{8}|[A-Za-z]+\d*[a-z]?-\d+[A-Z]+\d+|\d+")
@@ -61,7 +61,7 @@ class Names:
     names: list[str] = field(default_factory=list)
     entrez: set[int] = field(default_factory=set)
     noncoding: bool = False
-    """In the newest release, as something other than a protein-coding gene."""
+    """In the newest release, as an RNA gene or pseudogene."""
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def read_ensembl(refs: Path) -> dict[int, Names]:
             if row[id_column].startswith("ENSG0"):
                 entry = found[int(row[id_column][4:])]
                 entry.names.append(row[name_column])
-                entry.noncoding |= source == BIOMART and row["gene_biotype"] != "protein_coding"
+                entry.noncoding |= source == BIOMART and re.search("RNA|pseudogene", row["gene_biotype"]) is not None
                 # the exports hold 84771.0 for 84771, and NA for none
                 entry.entrez |= {int(float(row[entrez_column]))} if re.fullmatch(r"\d+(\.0)?", row[entrez_column]) else set()
     for row in rows(refs / GENCODE):

@@ -216,6 +216,11 @@ WORDS = [
     Row("option without a value", "embed cells.h5ad --model model --out", ("--out",)),
     Row("one word too many", "embed cells.h5ad more.h5ad --model model --out out.h5ad", ("more.h5ad",)),
     Row("a choice that does not exist", EMBED + " --empty keep", ("--empty", "keep", "nan")),
+    Row("a length that holds no gene", EMBED + " --max_length 1", ("max_length", "1")),
+    Row("no threads", EMBED + " --threads 0", ("threads", "0")),
+    Row("a device that is not there", EMBED + " --device abacus", ("abacus",)),
+    Row("a key that would be a folder", EMBED + " --key_added X/mine", ("X/mine",)),
+    Row("a table of orthologs that does not exist", EMBED + " --orthologs mouse.tsv", ("mouse.tsv",)),
     Row("a recipe that does not exist", EMBED + " --config recipe.yaml", ("recipe.yaml",)),
     Row(
         "a recipe with an unknown name",

@@ -1,6 +1,6 @@
-"""Ours against golden tensors of the reference: `test_parity.py` compares on `golden/`, `benchmarks/parity.py` on all there are.
+"""Ours against golden tensors of the reference: `test_parity.py` compares with `golden/`, `benchmarks/parity.py` with all there are.
 
-A group yields `Difference`s: the largest absolute difference at valid positions between a quantity of ours and the golden one, and the limit.
+A group yields `Difference`s: the largest difference at valid positions between a quantity of ours and the golden one, and the limit.
 Golden arrays are padded, our batches packed: `Cells` says where the valid positions are. Groups whose files are absent yield nothing.
 """
 
@@ -333,8 +333,8 @@ def compare_losses(
 ) -> None:
     """Losses of a batch.
 
-    For "non-zero", theirs takes the logarithm of a float32 probability; ours starts from the logit, which loses less. So the golden value is
-    compared with their formula on our logits, and ours with the same in float64; how far ours is from the golden value is told, without limit.
+    For "non-zero", theirs takes the logarithm of a float32 probability; ours starts from the logit, which loses less. So the golden value
+    is compared with their formula on our logits, and ours with the same in float64; how far ours is from the golden value is only told.
     """
     for name, theirs in zip(LOSSES_B, golden, strict=True):
         if not name.endswith("nonzero"):

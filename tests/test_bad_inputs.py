@@ -28,7 +28,8 @@ def assert_one_message(text: str, words: tuple[str, ...]) -> None:
     assert "Traceback" not in text
     assert text.count("error: ") == 1, text
     message = text[text.index("error: ") :]
-    assert "expected" in message or "does not describe" in message, message
+    assert "\n  expected: " in message, message
+    assert "\n  what to do: " in message, message
     for word in words:
         assert word in message, f"{word!r} is not said:\n{message}"
 

@@ -143,7 +143,7 @@ def test_several_columns_of_a_gene_are_reported():
     report = match.report()
     assert report.collapsed == {"MARCHF1": ["MARCH1", "MARCHF1"], "TBCE": ["TBCE", "TBCE-1"]}
     assert (report.n_columns, report.n_matched, report.n_genes) == (5, 5, 3)
-    assert any("4 columns stand for 2 genes" in line for line in report.lines())
+    assert any("share a gene with another: 4 (for 2)" in line and "TBCE (TBCE + TBCE-1)" in line for line in report.lines())
 
 
 def test_the_name_of_a_place_does_not_join_a_gene_that_is_there():

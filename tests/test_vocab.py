@@ -49,9 +49,9 @@ def test_with_specials_appends_the_missing_ones_in_order():
     assert GeneVocab(["A"]).with_specials().tokens[1:] == SPECIAL_TOKENS
 
 
-@pytest.mark.parametrize("tokens", [["A", "B", "A"], ["A", ""], ["A", 3]])
+@pytest.mark.parametrize("tokens", [["A", "B", "A"], ["A", ""]])
 def test_bad_tokens_are_refused(tokens):
-    with pytest.raises(InputError, match=r"more than once: A|no names"):
+    with pytest.raises(InputError, match=r"more than once: A|token 1 .* is empty"):
         GeneVocab(tokens)
 
 

@@ -82,7 +82,8 @@ def fetch(name: str, *, progress: bool = False) -> Path:
         When a file cannot be fetched or has another hash than it should, or when a person has to fetch it.
     """
     folder = cache_folder() / name
-    if all((folder / file).is_file() for file in AUTHORS_FILES):
+    files = tuple(CHECKPOINTS[name].files) if name in CHECKPOINTS else AUTHORS_FILES
+    if all((folder / file).is_file() for file in files):
         return folder
     if name in BY_HAND:
         missing = f"the checkpoint {name} is not on this machine, and annformer knows no verified place to fetch it from"
@@ -104,15 +105,14 @@ def fetch(name: str, *, progress: bool = False) -> Path:
 
 def _download(url: str, path: Path, sha256: str, *, progress: bool) -> None:
     import pooch
-    from requests.exceptions import RequestException
 
     downloader = pooch.HTTPDownloader(progressbar=progress, timeout=60)
     try:
         pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, downloader=downloader)
-    except RequestException as error:
+    except OSError as error:  # no connection, no such file there, no space here
         found = f"{url} cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         remedy = f"try again with a connection, or put the files into {path.parent.with_suffix('')} by hand"
-        raise input_error(found, "a connection to the server", remedy) from None
+        raise input_error(found, "a connection to the server and a cache folder that can be written", remedy) from None
     except ValueError as error:  # how pooch reports a wrong hash
         shutil.rmtree(path.parent, ignore_errors=True)
         found = f"{url} is not the file that annformer knows: {str(error).splitlines()[0][:300]}"

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from annformer.errors import InputError
+from annformer.errors import input_error
 
 
 class Config(BaseModel):
@@ -27,8 +27,8 @@ class Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             lines = [f"  {'.'.join(map(str, e['loc'])) or '(all)'}: {e['msg']} (found {_short(e['input'])})" for e in error.errors()]
-            msg = f"{where} does not describe a {cls.__name__}:\n" + "\n".join(lines)
-            raise InputError(msg) from None
+            found = f"{where} does not describe a {cls.__name__}:\n" + "\n".join(lines)
+            raise input_error(found, "known names with values in their range", "correct what is listed") from None
 
     def with_(self, **changes: Any) -> Self:
         """Return a checked copy with `changes`."""

@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from annformer import checkpoints
 from annformer.config import Config
@@ -86,11 +87,10 @@ class ScGPT(nn.Module):
         folder = _locate(source)
         read = _read_ours if (folder / "config.json").is_file() else _read_authors
         config, vocab, weights = read(folder, drop)
-        with torch.device("meta"):
+        with _Uninitialised():
             model = cls(config, vocab)
-        model.to_empty(device=device)
         model.load_state_dict(weights)
-        return model.eval()
+        return model.to(device).eval()
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Write `config.json`, `vocab.json`, `model.safetensors` and `README.md`, whole or not at all.
@@ -202,6 +202,18 @@ For research. What the model was trained on limits what it knows: check it again
 """
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Modules built inside keep the memory they were given: their weights are read from a file right after.
+
+    PyTorch's own way, the meta device, imports its compiler on first use, which takes seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _locate(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -244,7 +256,7 @@ def _read_ours(folder: Path, drop: Collection[str]) -> _Read:
     refuse_unknown(drop, config.objectives, "head")
     kept = config.with_(objectives={name: settings.model_dump() for name, settings in config.objectives.items() if name not in drop})
     vocab = GeneVocab.from_json(folder / "vocab.json")
-    with torch.device("meta"):
+    with _Uninitialised():
         expected = dict(ScGPT(config, vocab).state_dict())
     weights = _read_safetensors(folder / "model.safetensors", expected)
     dropped = tuple(f"objectives.{name}." for name in drop)

@@ -7,7 +7,7 @@ where each cell begins. Inside a cell the order is `<cls>`, visible genes, asked
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class TokenBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to `device`; tensors already there are shared."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in self._asdict().items()
         }
         moved["labels"] = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}

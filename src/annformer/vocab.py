@@ -34,10 +34,9 @@ class GeneVocab:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens: tuple[str, ...] = tuple(tokens)
-        odd = [token for token in self._tokens if not isinstance(token, str) or not token]
-        if odd:
-            msg = f"the vocabulary has tokens that are no names: {_some(odd)}"
-            raise input_error(msg, "non-empty strings", "remove or rename them")
+        if "" in self._tokens:
+            msg = f"token {self._tokens.index('')} of the vocabulary is empty"
+            raise input_error(msg, "a name for every id", "remove or rename it")
         self._ids: dict[str, int] = {token: i for i, token in enumerate(self._tokens)}
         if len(self._ids) != len(self._tokens):
             doubles = [token for i, token in enumerate(self._tokens) if self._ids[token] != i]

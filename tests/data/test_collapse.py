@@ -21,7 +21,7 @@ def test_equals_a_dense_sum(seed: int, n_rows: int, n_columns: int, n_slots: int
     indices = rng.integers(n_columns, size=indptr[-1])  # unsorted, with columns that stand twice in a row
     data = rng.integers(0, 4, size=indptr[-1]).astype(rng.choice(["f4", "f8", "i4", "u1", "i8"]))
     slots = rng.integers(-1, n_slots, size=n_columns).astype(np.int32)
-    cells = collapse(Rows(indptr, indices, data), slots, n_slots, shared=bool(rng.integers(2)))
+    cells = collapse(Rows(indptr, indices, data), slots, n_slots)
     wanted = np.zeros((n_rows, n_slots))
     for row in range(n_rows):
         for k in range(indptr[row], indptr[row + 1]):
@@ -46,7 +46,7 @@ def test_equals_a_dense_sum(seed: int, n_rows: int, n_columns: int, n_slots: int
     ],
 )
 def test_values_are_float32_where_that_is_exact(values: np.ndarray, dtype: type) -> None:
-    cells = collapse(Rows(np.array([0, 2]), np.array([1, 0]), values), np.arange(2, dtype=np.int32), 2, shared=False)
+    cells = collapse(Rows(np.array([0, 2]), np.array([1, 0]), values), np.arange(2, dtype=np.int32), 2)
     assert cells.data.dtype == dtype
     np.testing.assert_array_equal(cells.data, values[::-1].astype(np.float64))
 
@@ -54,24 +54,25 @@ def test_values_are_float32_where_that_is_exact(values: np.ndarray, dtype: type)
 def test_sums_of_float32_are_exact() -> None:
     slots = np.zeros(2, dtype=np.int32)
     rows = Rows(np.array([0, 2]), np.array([0, 1]), np.array([2.0**24, 1.0], "f4"))
-    for shared in (True, False):  # also when nobody said that columns are shared
-        assert collapse(rows, slots, 1, shared=shared).data.tolist() == [2.0**24 + 1]
+    assert collapse(rows, slots, 1).data.tolist() == [2.0**24 + 1]
+    rows = Rows(np.array([0, 3]), np.array([0, 1, 1]), np.array([2.0**24, 1.0, 1.0], "f4"))
+    assert collapse(rows, slots, 1).data.tolist() == [2.0**24 + 2]  # float32 would have lost both
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_finds_the_first_bad_value_even_in_a_column_that_is_left_out(bad: float) -> None:
     rows = Rows(np.array([0, 2, 4]), np.array([0, 1, 0, 1]), np.array([1.0, 2.0, 3.0, bad]))
-    assert collapse(rows, np.array([0, -1], dtype=np.int32), 1, shared=False).first_bad == 3
+    assert collapse(rows, np.array([0, -1], dtype=np.int32), 1).first_bad == 3
 
 
 def test_column_numbers_outside_of_the_matrix_are_refused() -> None:
     for column in (2, -1):
         with pytest.raises(IndexError, match="outside"):
-            collapse(Rows(np.array([0, 1]), np.array([column]), np.ones(1)), np.arange(2, dtype=np.int32), 2, shared=False)
+            collapse(Rows(np.array([0, 1]), np.array([column]), np.ones(1)), np.arange(2, dtype=np.int32), 2)
 
 
 def test_content_hash_depends_on_genes_and_values_only() -> None:
     rows = Rows(np.array([0, 2, 4, 6, 8]), np.array([0, 1, 1, 0, 0, 1, 0, 2]), np.array([1.0, 2, 2, 1, 2, 1, 1, 2]))
-    first, same, swapped, other_gene = content_hashes(collapse(rows, np.arange(3, dtype=np.int32), 3, shared=False))
+    first, same, swapped, other_gene = content_hashes(collapse(rows, np.arange(3, dtype=np.int32), 3))
     assert first == same
     assert len({first, swapped, other_gene}) == 3

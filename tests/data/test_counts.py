@@ -80,8 +80,9 @@ def test_choice_is_logged_and_says_what_was_passed_over(caplog: pytest.LogCaptur
 
 
 def test_only_scaled_values_are_refused() -> None:
-    with pytest.raises(InputError, match=r"(?s)values down to -5.*layer="):
-        AnnDataSource(made(sp.csr_matrix(SCALED), scaled=SCALED))
+    scaled = SCALED + 0.5
+    with pytest.raises(InputError, match=r"(?s)values down to -4.5: centred.*layer="):
+        AnnDataSource(made(sp.csr_matrix(scaled), mine=scaled))
 
 
 def test_kinds_are_found_beyond_the_first_cells() -> None:

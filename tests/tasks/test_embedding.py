@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -318,13 +316,15 @@ def test_an_embedding_of_that_name_is_replaced(path_in, tiny_model, tmp_path):
 
 def test_bad_input_leaves_nothing(tiny_adata, tiny_model, tmp_path):
     adata = tiny_adata()
-    adata.X[50, :] = np.nan  # met when most of the work is done
+    values = adata.X.toarray()
+    values[50, 7] = np.nan
+    adata.X = sp.csr_matrix(values)
     adata.write_h5ad(tmp_path / "in.h5ad")
     with pytest.raises(af.InputError, match="NaN"):
         embed_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", tiny_model)
     with pytest.raises(af.InputError, match="does not exist"):
         embed_file(tmp_path / "im.h5ad", tmp_path / "out.h5ad", tiny_model)
-    with pytest.raises(af.InputError, match="h5ad or .zarr"):
+    with pytest.raises(af.InputError, match=r"h5ad or \.zarr"):
         embed_file(tmp_path / "in.h5ad", tmp_path / "out.csv", tiny_model)
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
 
@@ -343,32 +343,37 @@ def test_a_disk_too_small_is_found_before_any_work(path_in, tiny_model, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
 
 
-@pytest.mark.parametrize("limit", [100, 3_000, 9_000, 300_000])
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_full_disk_is_one_clear_error(tiny_adata, tiny_model, tmp_path, limit, suffix):
-    """In another process, because HDF5 does not forget."""
-    big = tiny_adata(n_obs=400)
-    big.layers["more"] = big.X.toarray()
-    big.write_h5ad(tmp_path / "in.h5ad")
+FULL_DISK = """
+import os, resource, sys
+import annformer as af
+size = os.path.getsize("in.h5ad")
+for number, limit in enumerate([100, 9_000, 60_000, size - 1, size + 1_000, size + 20_000]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        af.embed_file("in.h5ad", f"out{number}" + sys.argv[1], model="model", workers=0)
+        print("written")
+    except af.InputError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize(("suffix", "n_full"), [(".h5ad", 6), (".zarr", 3)])
+def test_full_disk_is_one_clear_error(tiny_adata, tiny_model, tmp_path, suffix, n_full):
+    """In another process, because file size limits are the process's. The files of the zarr store are small."""
+    cells = tiny_adata(n_obs=400)
+    cells.layers["more"] = cells.X.toarray()
+    cells.write_h5ad(tmp_path / "in.h5ad")
     tiny_model.save_pretrained(tmp_path / "model")
-    code = (
-        "import resource, annformer as af\n"
-        "import annformer.tasks.embedding\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "try:\n"
-        f"    af.embed_file('in.h5ad', 'out{suffix}', model='model', content='all', workers=0)\n"
-        "except af.InputError as error:\n"
-        "    print('REFUSED', error)\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, suffix]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if suffix == ".zarr" and limit == 300_000:  # no file of the store is that large
-        assert done.stdout == ""
-        return
-    assert "REFUSED the disk is full" in done.stdout
-    assert not (tmp_path / f"out{suffix}").exists()
-    left = tmp_path / f"out{suffix}.partial"
-    assert not left.exists() or {path.name for path in left.iterdir()} == {"rows.npy", "journal.json"}
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("the disk is full") for line in lines[:n_full])
+    assert lines[n_full:] == ["written"] * (6 - n_full)
+    outputs = {path.name for path in tmp_path.glob(f"out*{suffix}")}
+    assert outputs == {f"out{number}{suffix}" for number in range(n_full, 6)}
+    for left in tmp_path.glob("out*.partial"):
+        assert {path.name for path in left.iterdir()} == {"rows.npy", "journal.json"}
 
 
 # going on
@@ -392,6 +397,38 @@ def test_interrupted_run_goes_on_to_the_same_bits(path_in, tiny_model, tmp_path,
     one, two = (anndata.read_h5ad(tmp_path / name).obsm[KEY] for name in ("whole.h5ad", "out.h5ad"))
     np.testing.assert_array_equal(one, two)
     assert not (tmp_path / "out.h5ad.partial").exists()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_run_stopped_while_writing_needs_no_second_embedding(path_in, tiny_model, tmp_path, monkeypatch, suffix):
+    whole = embedding.write_copy
+
+    def stopping(source, path_in, path_out, *args, **options):
+        whole(source, path_in, path_out, *args, **options)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "write_copy", stopping)
+        patch.setattr(_output.Output, "_remove", lambda *_: None)  # as if the process had been killed
+        with pytest.raises(StoppedError):
+            embed_file(path_in, tmp_path / f"out{suffix}", tiny_model)
+    assert (tmp_path / f"out{suffix}.partial" / f"result{suffix}").exists()
+    stop_after(monkeypatch, 0)  # no cell is embedded any more
+    embed_file(path_in, tmp_path / f"out{suffix}", tiny_model, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", f"out{suffix}"]
+
+
+def test_second_run_on_the_same_output_is_refused(path_in, tiny_model, tmp_path, monkeypatch):
+    whole = embedding.encode_cells
+
+    def meanwhile(*args, **options):
+        with pytest.raises(af.InputError, match="another run"):
+            embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
+        return whole(*args, **options)
+
+    monkeypatch.setattr(embedding, "encode_cells", meanwhile)
+    embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
 
 
 def test_ctrl_c_before_any_work_leaves_nothing(path_in, tiny_model, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 from annformer.errors import InputError, input_error
 
@@ -24,6 +24,7 @@ def arguments(name: str, command: Callable[..., int | None], words: list[str]) -
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    command.__annotations__ = get_type_hints(command)  # else jsonargparse runs the module's TYPE_CHECKING imports, which are heavy
     options = {f"--{p.name}": p.annotation for p in inspect.signature(command).parameters.values() if p.kind is p.KEYWORD_ONLY}
     words = _normalise(name, words, options)
     parser = ArgumentParser(prog=f"annformer {name}", exit_on_error=False, allow_abbrev=False, description=_first_lines(command))
@@ -58,7 +59,7 @@ def _normalise(name: str, words: list[str], options: dict[str, Any]) -> list[str
             found = f"`annformer {name}` has no option {word.partition('=')[0]}"
             raise input_error(found, "one of " + ", ".join(options), remedy)
         following = words[position + 1].lower() if position + 1 < len(words) else ""
-        if options.get(option) in (bool, "bool") and not equals and following not in ("true", "false"):
+        if options.get(option) is bool and not equals and following not in ("true", "false"):
             equals, value = "=", "true"
         result.append(option + equals + value)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def command(folder: str, *, out: str, to_authors: bool = False, drop: list[str] | None = None) -> None:
+def command(folder: str, *, out: str, to_authors: bool = False, drop: str = "") -> None:
     """Convert a checkpoint of scGPT's authors into a model folder, or a model folder back.
 
     No code in the checkpoint is run. Everything in it is accounted for, or the message lists what is missing and what is unexpected.
@@ -17,15 +17,17 @@ def command(folder: str, *, out: str, to_authors: bool = False, drop: list[str] 
     to_authors
         Write the authors' form; what their code cannot express is refused by name.
     drop
-        Heads to leave out, as a list: '[cls, dar]'.
+        Heads to leave out, separated by commas, such as cls,dar. With --to_authors also asked: the vector of asked genes, which an
+        embedding does not need.
     """
     from annformer.scgpt import ScGPT
 
+    heads = [name.strip() for name in drop.split(",") if name.strip()]
     if to_authors:
-        notes = ScGPT.from_pretrained(folder).save_for_authors(out, drop=drop or ())
+        notes = ScGPT.from_pretrained(folder).save_for_authors(out, drop=heads)
         kind = "a checkpoint for the authors' code"
     else:
-        model = ScGPT.from_pretrained(folder, drop=drop or ())
+        model = ScGPT.from_pretrained(folder, drop=heads)
         model.save_pretrained(out)
         kind = f"a model folder with {len(model.vocab.genes):,} genes"
         kept = model.config.provenance.get("notes", [])

@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
-from annformer.data.collapse import Collapsed, Rows, bad_values, collapse
+from annformer.data.collapse import Collapsed, Rows, bad_values, collapse, joined
 from annformer.data.counts import choose
 from annformer.data.formats import Container, open_container
 from annformer.data.readers import read_rows
@@ -170,7 +170,8 @@ class AnnDataSource:
         step = max(size, self.reader.rows_at_once // size * size)
         for first in range(0, len(wanted), step):
             block = wanted[first : first + step]
-            cells = self._read(block, slots, len(gene_ids))
+            at_once = self.reader.rows_at_once  # a batch may be larger than what is best read together
+            cells = joined([self._read(block[at : at + at_once], slots, len(gene_ids)) for at in range(0, len(block), at_once)])
             for begin in range(0, len(block), size):
                 part = block[begin : begin + size]
                 counts = _cut(cells, begin, begin + len(part), len(gene_ids))
@@ -217,10 +218,9 @@ class AnnDataSource:
             yield start, self._read(rows, slots, self.n_vars)
 
     def _read(self, rows: Int[np.ndarray, "cell"], slots: Int[np.ndarray, "column"], n_slots: int) -> Collapsed:
-        shared = n_slots < int((slots >= 0).sum())
         with self.container.reading(self.counts.where):
             stored = read_rows(self.reader, rows)
-            cells = collapse(stored, slots, n_slots, shared=shared)
+            cells = collapse(stored, slots, n_slots)
         if cells.first_bad >= 0:
             raise self._bad_values(stored, cells.first_bad, rows)
         if cells.fractions and self.counts.kind == "counts" and not self._warned_fractions:

@@ -30,7 +30,7 @@ class Collapsed(NamedTuple):
     """Some value is not a whole number."""
 
 
-def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int, *, shared: bool) -> Collapsed:
+def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int) -> Collapsed:
     """Bring `rows` to canonical CSR over `n_slots` genes.
 
     Parameters
@@ -41,15 +41,13 @@ def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int, *, shar
         For every stored column its place among the genes, or -1 to leave it out.
     n_slots
         Number of genes.
-    shared
-        Some gene has several columns, so that sums must be exact: work in float64 from the beginning.
 
     Returns
     -------
     Values are float32 wherever that is exact for all of these rows, else float64.
     """
     assert len(rows.data) < 2**31, "a block holds fewer than 2**31 values"
-    narrow = not shared and np.can_cast(rows.data.dtype, np.float32, "safe")
+    narrow = np.can_cast(rows.data.dtype, np.float32, "safe")
     indptr = np.ascontiguousarray(rows.indptr, dtype=np.int64)
     indices = np.ascontiguousarray(rows.indices, dtype=np.int32)
     data: Any = np.ascontiguousarray(rows.data, dtype=np.float32 if narrow else np.float64)
@@ -61,11 +59,9 @@ def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int, *, shar
         first_bad = int(np.flatnonzero(~((data >= 0) & (data < np.inf)))[0])
         return Collapsed(indptr, indices[:0], data[:0], first_bad, bool(fractions))
     targets = np.where(slots < 0, n_slots, slots).astype(np.int32)
-    out_indptr, genes, values, n_merged = _sorted_by_gene(indptr, indices, data, targets, n_slots)
-    if narrow and n_merged:
-        out_indptr, genes, values, n_merged = _sorted_by_gene(indptr, indices, data.astype(np.float64), targets, n_slots)
-    if n_merged:
-        out_indptr, genes, values = _closed(out_indptr, genes, values)
+    out_indptr, genes, values, inexact = _sorted_by_gene(indptr, indices, data, targets, n_slots)
+    if inexact:
+        out_indptr, genes, values, _ = _sorted_by_gene(indptr, indices, data.astype(np.float64), targets, n_slots)
     return Collapsed(out_indptr, genes, _narrowed(values), -1, bool(fractions))
 
 
@@ -75,13 +71,6 @@ def _narrowed(data: Float[np.ndarray, "value"]) -> Float[np.ndarray, "value"]:
     with np.errstate(over="ignore", under="ignore"):
         narrow = data.astype(np.float32)
     return narrow if np.array_equal(narrow, data) else data
-
-
-def _closed(indptr: np.ndarray, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Close the gaps that added values have left at the ends of rows: their gene is -1."""
-    kept = genes >= 0
-    before = np.concatenate([[0], np.cumsum(kept, dtype=np.int32)]).astype(np.int32)
-    return before[indptr], genes[kept], values[kept]
 
 
 @njit(cache=True, nogil=True)
@@ -124,31 +113,61 @@ def _bucket(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int) ->
 
 @njit(cache=True, nogil=True)
 def _unbucket(begins: Any, row_of: Any, values: Any, indptr: Any, n_slots: int) -> Any:
-    """Deal the values out to their rows again: going through the genes in order leaves every row sorted; a row's second value is added."""
-    genes = np.full(indptr[-1], -1, dtype=np.int32)
+    """Deal the values out to their rows again: going through the genes in order leaves every row sorted.
+
+    A row's second value of a gene is added; `inexact` says that such a sum did not fit into the type of the values.
+    """
+    genes = np.empty(indptr[-1], dtype=np.int32)
     data = np.empty(indptr[-1], dtype=values.dtype)
     cursor = indptr[:-1].copy()
-    n_merged = 0
+    inexact = False
     for slot in range(n_slots):
         last = -1
         for k in range(begins[slot], begins[slot + 1]):
             row = row_of[k]
             at = cursor[row]
             if row == last:
-                data[at - 1] += values[k]
-                n_merged += 1
+                total = np.float64(data[at - 1]) + np.float64(values[k])
+                data[at - 1] = total
+                inexact |= np.float64(data[at - 1]) != total
                 continue
             last = row
             genes[at] = slot
             data[at] = values[k]
             cursor[row] = at + 1
-    return indptr, genes, data, n_merged
+    return cursor, genes, data, inexact
+
+
+@njit(cache=True, nogil=True)
+def _close_gaps(indptr: Any, ends: Any, genes: Any, data: Any) -> Any:
+    """Move the rows together where added values have left room at their ends."""
+    closed = np.zeros_like(indptr)
+    for row in range(len(ends)):
+        closed[row + 1] = closed[row] + ends[row] - indptr[row]
+        for k in range(indptr[row], ends[row]):
+            genes[closed[row] + k - indptr[row]] = genes[k]
+            data[closed[row] + k - indptr[row]] = data[k]
+    return closed, genes[: closed[-1]], data[: closed[-1]]
 
 
 @njit(cache=True, nogil=True)
 def _sorted_by_gene(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int) -> Any:
     begins, row_of, values, out_indptr = _bucket(indptr, indices, data, targets, n_slots)
-    return _unbucket(begins, row_of, values, out_indptr, n_slots)
+    ends, genes, values, inexact = _unbucket(begins, row_of, values, out_indptr, n_slots)
+    if np.array_equal(ends, out_indptr[1:]):
+        return out_indptr, genes, values, inexact
+    out_indptr, genes, values = _close_gaps(out_indptr, ends, genes, values)
+    return out_indptr, genes, values, inexact
+
+
+def joined(parts: list[Collapsed]) -> Collapsed:
+    """Put rows that were collapsed one block after another behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    data = np.concatenate([part.data for part in parts])
+    return Collapsed(indptr, np.concatenate([part.indices for part in parts]), data, -1, any(part.fractions for part in parts))
 
 
 def content_hashes(cells: Collapsed) -> UInt64[np.ndarray, "row"]:

@@ -23,7 +23,7 @@ class CellSource(Protocol):
         ...
 
     @property
-    def obs_names(self) -> Sequence[str]:
+    def obs_names(self) -> Sequence[str] | np.ndarray:
         """Name of every cell, in order."""
         ...
 

@@ -6,6 +6,7 @@ everything else through anndata.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +85,7 @@ def write_copy(
             else:
                 with _opened(path_in, "r") as root:
                     _write_elements(root, target, keep)
-    with _opened(path_out, "a") as target:
+    with _opened(path_out, "r+") as target:
         _add(target, addition, keep)
     if path_out.is_dir():
         zarr.consolidate_metadata(str(path_out))
@@ -100,13 +101,49 @@ def _is_encoded(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path, mode: Literal["r", "w", "a"]) -> Iterator[Node]:
+def _opened(path: Path, mode: Literal["r", "r+", "w"]) -> Iterator[Node]:
     if path.suffix == ".zarr" or path.is_dir():
         new = {"zarr_format": anndata.settings.zarr_write_format} if mode == "w" else {}
         yield zarr.open_group(str(path), mode=mode, use_consolidated=False, **new)
-    else:
-        with h5py.File(path, mode) as file:
+    elif mode == "r":
+        with h5py.File(path, "r") as file:
             yield file
+    else:
+        with _FullDiskGuard(path, "w+" if mode == "w" else "r+") as guard, h5py.File(guard, mode) as file:
+            yield file
+
+
+class _FullDiskGuard(io.FileIO):
+    """A file that keeps the system's refusal to write to itself until it is closed.
+
+    HDF5 crashes the process when it cannot write what it still holds; so it is let believe that it can, and its user is told afterwards.
+    """
+
+    _refusal: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, or take note that it cannot be written."""
+        size = memoryview(data).nbytes
+        try:
+            written = 0 if self._refusal is None else size
+            while written < size:
+                written += super().write(memoryview(data).cast("B")[written:])
+        except OSError as error:
+            self._refusal = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or lengthen the file, or take note that it cannot be lengthened."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._refusal = self._refusal or error
+        return size or 0
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._refusal is not None:
+            raise self._refusal
 
 
 def _copy_as_it_is(path_in: Path, path_out: Path) -> None:
@@ -126,10 +163,8 @@ def _write_whole(path_in: Path, path_out: Path, keep: Bool[np.ndarray, "cell"] |
     data = anndata.read_h5ad(path_in)
     data = data if keep is None else data[keep].copy()
     data = data if content == "all" else anndata.AnnData(obs=data.obs)
-    if path_out.suffix == ".zarr":
-        data.write_zarr(path_out)
-    else:
-        data.write_h5ad(path_out)
+    with _opened(path_out, "w") as target:
+        write_elem(target, "/", data)
 
 
 def _write_tables(source: Container, target: Node, keep: Bool[np.ndarray, "cell"] | None, content: Content) -> None:

@@ -17,7 +17,7 @@ def clustering_scores(
     """Score one representation in one row.
 
     Columns: `method` and `n_clusters` of the clustering, `nmi` and `ari` of its clusters against the labels, `silhouette` of the labels
-    (cosine, in [-1, 1]), and `avg_bio`, the mean of NMI, ARI and (silhouette + 1) / 2.
+    (in [-1, 1]), and `avg_bio`, the mean of NMI, ARI and (silhouette + 1) / 2.
 
     Clusters are Leiden's at `resolution` where igraph is installed (extra `cluster`), else k-means with as many clusters as labels.
     Nothing is tuned to the labels.
@@ -27,7 +27,7 @@ def clustering_scores(
     truth = np.asarray(labels, dtype=str)
     method, clusters = cluster(representation, n_clusters=len(np.unique(truth)), resolution=resolution, seed=seed)
     nmi, ari = normalized_mutual_info_score(truth, clusters), adjusted_rand_score(truth, clusters)
-    silhouette = silhouette_score(representation, truth, metric="cosine")
+    silhouette = silhouette_score(representation, truth)
     scores = {"nmi": nmi, "ari": ari, "silhouette": silhouette, "avg_bio": (nmi + ari + (silhouette + 1) / 2) / 3}
     return pd.DataFrame([{"method": method, "n_clusters": len(np.unique(clusters)), **scores}])
 
@@ -50,6 +50,6 @@ def _leiden(representation: np.ndarray, resolution: float, seed: int) -> np.ndar
     cells = ad.AnnData(obsm={"X": representation})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # scanpy's own
-        sc.pp.neighbors(cells, n_neighbors=min(15, cells.n_obs - 1), use_rep="X", metric="cosine", random_state=seed)
+        sc.pp.neighbors(cells, n_neighbors=min(15, cells.n_obs - 1), use_rep="X", random_state=seed)
         sc.tl.leiden(cells, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     return cells.obs["leiden"].cat.codes.to_numpy()

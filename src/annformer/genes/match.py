@@ -256,7 +256,7 @@ class GeneMatch:
         raise input_error(msg, f"at least {min_share:.0%} of the columns named by human gene symbols or Ensembl ids (ENSG...)", remedy)
 
 
-def best_gene_column(candidates: Mapping[str, Sequence[str]], vocab: GeneVocab) -> list[tuple[str, float]]:
+def best_gene_column(candidates: Mapping[str, Iterable[object]], vocab: GeneVocab) -> list[tuple[str, float]]:
     """Match several columns that may hold gene names; return (name, share of it that is known), the best first."""
     shares = [(name, match_genes(values, vocab).share) for name, values in candidates.items()]
     return sorted(shares, key=lambda pair: -pair[1])

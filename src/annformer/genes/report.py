@@ -59,12 +59,12 @@ class MatchReport(Config):
         if self.collapsed:
             total, genes = sum(map(len, self.collapsed.values())), len(self.collapsed)
             shown = [f"{gene} ({' + '.join(names)})" for gene, names in list(self.collapsed.items())[:5]]
-            lines.append(f"{total:,} columns stand for {genes:,} genes together, their counts are added: {_listed(shown, genes)}")
+            lines.append(f"columns that share a gene with another: {total:,} (for {genes:,}); counts are added: {_listed(shown, genes)}")
         if self.ambiguous:
             shown = [f"{name} ({' or '.join(symbols[:4])})" for name, symbols in list(self.ambiguous.items())[:5]]
-            lines.append(f"{self.n_ambiguous:,} names could be several genes and stay out: {_listed(shown, self.n_ambiguous)}")
+            lines.append(f"names that could be several genes and stay out: {self.n_ambiguous:,}: {_listed(shown, self.n_ambiguous)}")
         if self.unmatched:
-            lines.append(f"{self.n_unmatched:,} names stay out in all, for example {', '.join(self.unmatched)}")
+            lines.append(f"names that stay out in all: {self.n_unmatched:,}, for example {', '.join(self.unmatched)}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -246,7 +246,8 @@ class Layer(nn.Module):
             mixed = torch.where(layout.asked_rows[:, None], context, mixed)
         x = x if layout.rows is None else x[layout.rows]
         x = self.attention_norm(x + self.dropout(mixed))
-        return self.ff_norm(x + self.dropout(self.ff_out(self.dropout(F.relu(self.ff_in(x))))))
+        hidden = self.dropout(F.relu(self.ff_in(x), inplace=True))
+        return self.ff_norm(x + self.dropout(self.ff_out(hidden)))
 
     def _project(self, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         if layout.rows is None:

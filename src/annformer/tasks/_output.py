@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -53,7 +55,20 @@ class Output:
         except OSError as error:
             found = f"nothing can be written to the folder {out.parent} ({error.strerror})"
             raise input_error(found, "an existing folder that you may write to", "make the folder, or choose another output") from error
+        self._lock()
         return self
+
+    def _lock(self) -> None:
+        """Keep a second run away from the same output; the system lets go when this process ends, however it ends."""
+        self._held = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._held)
+            found = f"another run is writing {self.path_out} just now"
+            raise input_error(found, "one run for one output", "wait for it, or choose another output") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.debug("no lock on %s: %s", self.partial, error)
 
     def require_room(self, shape: tuple[int, int], *, copied: bool) -> None:
         """Refuse at once when the disk cannot hold the embedding twice (while it is written) and, if `copied`, the input once more."""
@@ -67,14 +82,15 @@ class Output:
     def begin(self, job: Mapping[str, Any], shape: tuple[int, int], *, resume: bool) -> PartialRows:
         """Rows to fill: those of the interrupted run when `resume` is set and there is one, else new ones."""
         job = {"version": annformer.__version__, **job, **_identity(self.path_in)}
+        self._remove(self.result)
         if self._found_partial and resume:
             self._rows = PartialRows.resume(self.partial, job, shape)
             logger.info("going on after %s of %s cells", f"{self._rows.done:,}", f"{shape[0]:,}")
             return self._rows
         if self._found_partial:
             logger.warning("discarding the unfinished work in %s; resume=True (--resume) would have gone on with it", self.partial)
-            discard(self.partial)
-            self.partial.mkdir()
+            for name in ("rows.npy", "journal.json"):
+                self._remove(self.partial / name)
         self._rows = PartialRows(self.partial, job, shape)
         return self._rows
 
@@ -88,8 +104,9 @@ class Output:
         worth_keeping = error is not None and not isinstance(error, InputError) and self._safe()
         if self._rows is not None:
             self._rows.close()
+        os.close(self._held)
         if worth_keeping and self._rows is not None:
-            self._remove_result()
+            self._remove(self.result)
             done = f"{self._rows.done:,} of {self._rows.shape[0]:,} cells"
             logger.warning("%s are done and kept in %s: resume=True (--resume) goes on from there", done, self.partial)
         elif self._rows is not None or not self._found_partial:
@@ -110,11 +127,12 @@ class Output:
             logger.debug("the last rows could not be saved", exc_info=True)
         return self._rows.done > 0
 
-    def _remove_result(self) -> None:
-        if self.result.is_dir():
-            shutil.rmtree(self.result, ignore_errors=True)
+    @staticmethod
+    def _remove(path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            self.result.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -91,6 +91,7 @@ def embed(
     None, or the copy. Sets `obsm[key_added]` (float32, rows of length 1) and `uns["annformer"][key_added]` (model, settings, counts, gene
     match, version) and nothing else.
     """
+    _check_key(key_added)
     _check_choice("empty", empty, ("nan", "error", "drop"))
     _check_least("workers", workers, 0)
     if empty == "drop" and not copy:
@@ -163,6 +164,7 @@ def embed_file(
     -------
     What it also writes to `uns["annformer"][key_added]`.
     """
+    _check_key(key_added)
     _check_choice("empty", empty, ("nan", "error", "drop"))
     _check_least("workers", workers, 0)
     _check_choice("content", content, ("all", "embedding"))
@@ -326,6 +328,12 @@ def _named(rows: np.ndarray, names: np.ndarray) -> str:
     first = ", ".join(str(names[int(row)]) for row in rows[:5])
     more = ", ..." if len(rows) > 5 else ""
     return f"{len(rows):,} {'cell has' if len(rows) == 1 else 'cells have'} ({first}{more})"
+
+
+def _check_key(key_added: str) -> None:
+    if not key_added or "/" in key_added:  # HDF5 and zarr would make folders of it
+        found = f"key_added={key_added!r}"
+        raise input_error(found, "a name without '/'", "choose another key_added")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import lightning as L
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
@@ -72,12 +71,12 @@ class CellDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """One long epoch of `n_steps` batches."""
-        return _loader(_Steps(self), range(self.n_steps))
+        return _loader(_Steps(self), self.n_steps)
 
     def val_dataloader(self) -> DataLoader:
         """Serve the held-out questions, made once."""
         batches = self.validation_batches()
-        return _loader(batches, range(len(batches)))
+        return _loader(batches, len(batches))
 
     def _tokens(self, rows: Int[np.ndarray, "cell"], step: int) -> TokenBatch:
         return tokenize(_take(self.cells, rows), self.settings, cls_id=self.vocab.cls_id, step=step)
@@ -91,8 +90,9 @@ class _Steps(Dataset):
         return self.data.training_batch(step)
 
 
-def _loader(batches: Dataset | list[TokenBatch], order: Iterable[int]) -> DataLoader:
-    return DataLoader(batches, batch_size=None, sampler=order, collate_fn=_as_it_is)  # type: ignore[arg-type]  # a list is a map
+def _loader(batches: Dataset | list[TokenBatch], n: int) -> DataLoader:
+    # the generator is there so that the loader does not draw its seed, which nothing uses, from torch's global one
+    return DataLoader(batches, batch_size=None, sampler=range(n), collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 def _as_it_is(tokens: TokenBatch) -> TokenBatch:

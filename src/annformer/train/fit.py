@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -105,7 +106,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for text in _NOISE:
-                warnings.filterwarnings("ignore", message=f".*{text}")
+                warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+import annformer
 from annformer.baselines import gene_means
 from annformer.data.source import CellSource
 from annformer.inference import evaluating
@@ -42,7 +44,7 @@ class Pretrained:
     """Mean squared error (in value bins) on the held-out cells: `gep`, `gepc`, `gene mean`."""
 
 
-def pretrain(source: CellSource, vocab: GeneVocab, config: PretrainConfig, folder: str | Path) -> Pretrained:
+def pretrain(source: CellSource, vocab: GeneVocab, config: PretrainConfig, folder: str | Path, *, name: str = "unnamed") -> Pretrained:
     """Train a model from scratch on the expression of cells, without any label (scGPT: generative pretraining).
 
     Parameters
@@ -55,6 +57,8 @@ def pretrain(source: CellSource, vocab: GeneVocab, config: PretrainConfig, folde
         The recipe.
     folder
         Gets `log.csv`; the model itself is returned, not written.
+    name
+        What the model is called.
     """
     data = CellDataModule(source, vocab, config.tokenizer, config.train)
     model = new_model(vocab, config)
@@ -67,7 +71,9 @@ def pretrain(source: CellSource, vocab: GeneVocab, config: PretrainConfig, folde
         data.n_steps,
     )
     history = fit(TrainingPlan(model, config.train, data.n_steps), data, folder)
-    return Pretrained(model, history, data.cells.rows[data.validation_rows], held_out_errors(model, data))
+    errors = held_out_errors(model, data)
+    model.config = model.config.with_(provenance={"name": name, **_provenance(config, data, errors)})
+    return Pretrained(model.eval(), history, data.cells.rows[data.validation_rows], errors)
 
 
 def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
@@ -76,6 +82,17 @@ def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return ScGPT(folder_config, vocab)
+
+
+def _provenance(config: PretrainConfig, data: CellDataModule, errors: dict[str, float]) -> dict[str, Any]:
+    """What the model folder says about how the weights came about."""
+    return {
+        "made_by": f"annformer {annformer.__version__}, pretrained from scratch",
+        "cells": {"trained on": len(data.training_rows), "held out": len(data.validation_rows)},
+        "steps": data.n_steps,
+        "training": config.train.model_dump(mode="json"),
+        "held_out_squared_error": errors,
+    }
 
 
 def held_out_errors(model: ScGPT, data: CellDataModule) -> dict[str, float]:

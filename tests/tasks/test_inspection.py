@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from annformer.cli import main
+from annformer.errors import InputError
+from annformer.tasks.inspection import inspect
+
+
+def stops(inspection) -> str:
+    return " ".join(finding.text for finding in inspection.findings if finding.weight == "stops")
+
+
+def odd(inspection) -> str:
+    return " ".join(finding.text for finding in inspection.findings if finding.weight == "odd")
+
+
+@pytest.fixture
+def cells(tiny_adata):
+    return tiny_adata()
+
+
+def change(adata, **values: float):
+    """Set values of the matrix: cell number -> value of all its genes."""
+    dense = adata.X.toarray()
+    for cell, value in values.items():
+        dense[int(cell[1:])] = value
+    adata.X = csr_matrix(dense)
+    return adata
+
+
+def test_good_cells_have_no_findings(cells, tiny_model):
+    inspection = inspect(cells, model=tiny_model)
+    assert inspection.works
+    assert inspection.findings == ()
+    assert inspection.facts["values"] == {"taken from": "X", "kind": "counts"}
+    assert inspection.facts["genes"]["share"] == pytest.approx(300 / 305)
+    assert inspection.facts["obs columns"]["look like a batch"] == ["batch (2)"]
+    assert inspection.facts["obs columns"]["look like a cell type"] == ["cell_type (3)"]
+    assert inspection.facts["embedding"]["seconds"] > 0
+
+
+def test_without_a_model_the_shipped_table_counts(cells):
+    inspection = inspect(cells)
+    assert inspection.facts["genes"]["share"] == pytest.approx(300 / 305)
+    assert "table" in inspection.facts["genes"]["held against"]
+    assert "embedding" not in inspection.facts
+
+
+def test_genes_per_cell_are_those_that_are_known(cells, tiny_vocab):
+    known = cells[:, [name in tiny_vocab for name in cells.var_names]].X
+    largest = int(np.diff(known.tocsr().indptr).max())
+    assert inspect(cells).facts["cells"]["known genes per cell"]["largest"] == largest
+
+
+def test_empty_and_double_cells_are_counted_and_named(cells, tiny_model):
+    cells.X = csr_matrix(np.vstack([cells.X.toarray()[:-1], cells.X.toarray()[:1]]))
+    inspection = inspect(change(cells, c3=0, c7=0), model=tiny_model)
+    assert inspection.works
+    assert inspection.facts["cells"]["empty"] == 2
+    assert "2 cells are empty (cell3, cell7" in odd(inspection)
+    assert inspection.facts["cells"]["equal to an earlier cell"] == 1
+    assert "cell59" in odd(inspection)
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "inf"), (-1.0, "negative")])
+def test_values_that_cannot_be_used_stop(cells, value, word):
+    inspection = inspect(change(cells, c5=value))
+    assert not inspection.works
+    assert word in stops(inspection)
+    assert inspection.facts["file"]["cells"] == 60
+
+
+def test_scaled_values_stop_and_every_matrix_is_named(cells):
+    dense = cells.X.toarray()
+    cells.layers["shares"] = csr_matrix(dense / (dense.sum(1, keepdims=True) + 1))
+    cells.X = dense - dense.mean(0)
+    inspection = inspect(cells)
+    assert not inspection.works
+    assert inspection.facts["matrices"]["X"].startswith("scaled")
+    assert inspection.facts["matrices"]["layers['shares']"].startswith("normalised")
+
+
+def test_logarithms_are_odd_but_work(cells):
+    cells.X = np.log1p(cells.X)
+    inspection = inspect(cells)
+    assert inspection.works
+    assert inspection.facts["values"]["kind"] == "log-normalised"
+    assert "no counts were found" in odd(inspection)
+
+
+def test_transposed_cells_stop(cells, tiny_model):
+    assert "transpose" in stops(inspect(cells.T, model=tiny_model))
+
+
+def test_a_better_column_is_found(cells, tiny_model):
+    cells.var["symbol"] = cells.var_names
+    cells.var_names = [name if i % 3 == 0 else f"feature_{i}" for i, name in enumerate(cells.var_names)]
+    inspection = inspect(cells, model=tiny_model)
+    assert inspection.works
+    assert "gene_key='symbol' would match 98%" in odd(inspection)
+    cells.var_names = [f"feature_{i}" for i in range(cells.n_vars)]
+    assert "symbol" in stops(inspect(cells, model=tiny_model))
+    assert inspect(cells, model=tiny_model, gene_key="symbol").findings == ()
+
+
+@pytest.mark.parametrize("wrong", [{"gene_key": "simbol"}, {"layer": "count"}])
+def test_names_that_the_user_got_wrong_are_errors(cells, wrong):
+    cells.var["symbol"], cells.layers["counts"] = cells.var_names, cells.X
+    with pytest.raises(InputError, match=r"symbol|counts"):
+        inspect(cells, **wrong)
+
+
+def test_long_cells_are_announced(cells, tiny_model):
+    settings = tiny_model.config.tokenizer.with_(max_length=20)
+    tiny_model.config = tiny_model.config.model_copy(update={"tokenizer": settings})
+    assert "more known genes than fit (19)" in odd(inspect(cells, model=tiny_model))
+
+
+def test_a_model_folder(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    facts = inspect(tmp_path / "model").facts
+    assert facts["model"]["parameters"] == sum(p.numel() for p in tiny_model.parameters())
+    assert facts["vocabulary"] == {"tokens": 303, "genes": 300, "first": list(tiny_model.vocab.genes[:5])}
+    assert facts["network"]["width"] == 32
+    tiny_model.save_for_authors(tmp_path / "theirs", drop=["asked"])
+    assert inspect(tmp_path / "theirs").facts["model"]["format"] == "the authors' folder"
+
+
+def test_lines_and_json_say_the_same(cells, tmp_path, capsys):
+    change(cells, c3=0).write_h5ad(tmp_path / "cells.h5ad")
+    assert main(["inspect", str(tmp_path / "cells.h5ad"), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["facts"]["file"]["format"] == "h5ad"
+    assert values["works"]
+    assert main(["inspect", str(tmp_path / "cells.h5ad")]) == 0
+    captured = capsys.readouterr()
+    assert "cells: 60" in captured.out
+    assert values["findings"][0]["text"] in captured.out
+    assert captured.err == ""
+
+
+def test_on_a_terminal_it_is_a_table(cells, capsys):
+    from annformer.cli.inspect import _print_rich
+
+    _print_rich(inspect(change(cells, c3=np.nan)))
+    out = capsys.readouterr().out
+    assert "stops: " in out
+    assert "share" in out

@@ -1,0 +1,213 @@
+"""The model as a folder: saved, loaded strictly, called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from annformer.errors import InputError
+from annformer.scgpt import ModelFolderConfig, ScGPT
+from annformer.tokens import TokenBatch
+from annformer.vocab import GeneVocab
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def model(tiny_vocab: GeneVocab) -> ScGPT:
+    """A small model with every kind of objective."""
+    torch.manual_seed(3)
+    config = ModelFolderConfig.model_validate(
+        {
+            "model": {"vocab_size": len(tiny_vocab), "width": 16, "n_heads": 2, "n_layers": 2, "ff_width": 24},
+            "objectives": {
+                "gep": {"kind": "gep", "cell_prompt": True},
+                "gepc": {"kind": "gepc"},
+                "cls": {"kind": "cls", "n_classes": 3},
+                "ecs": {"kind": "ecs"},
+                "cce": {"kind": "cce"},
+            },
+            "provenance": {"name": "small", "seed": 3},
+        }
+    )
+    return ScGPT(config, tiny_vocab).eval()
+
+
+@pytest.fixture
+def folder(model: ScGPT, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def some_tokens(vocab: GeneVocab) -> TokenBatch:
+    lengths, n_visible = torch.tensor([9, 5, 12]), torch.tensor([6, 3, 12])
+    offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
+    rng = np.random.default_rng(0)
+    genes = np.concatenate([np.append(vocab.cls_id, rng.choice(300, n - 1, replace=False)) for n in lengths.tolist()])
+    position = torch.arange(26) - offsets[:-1].repeat_interleave(lengths)
+    asked = position >= n_visible.repeat_interleave(lengths)
+    values = torch.from_numpy(rng.integers(1, 51, 26).astype(np.float32))
+    values[offsets[:-1]] = -2
+    return TokenBatch(
+        gene_ids=torch.from_numpy(genes),
+        values=torch.where(asked, 0, values),
+        flags=None,
+        dose=None,
+        offsets=offsets,
+        n_visible=n_visible,
+        targets=torch.where(asked, values, torch.nan),
+        modality=None,
+        labels={"cell_type": torch.tensor([0, 2, 1])},
+        cell=None,
+    ).check()
+
+
+def test_saved_and_loaded(model: ScGPT, folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "vocab.json"]
+    again = ScGPT.from_pretrained(folder)
+    assert again.config == model.config
+    assert again.vocab == model.vocab
+    assert again.name == "small"
+    assert not again.training
+    assert again.fingerprint == model.fingerprint
+    tokens = some_tokens(model.vocab)
+    assert torch.equal(again.encode(tokens).states, model.encode(tokens).states)
+    assert all(key.startswith(("encoder.", "objectives.")) for key in model.state_dict())
+
+
+def test_fingerprint_is_of_weights_settings_and_genes(model: ScGPT) -> None:
+    before = model.fingerprint
+    renamed = ScGPT(model.config.with_(provenance={"name": "other"}), model.vocab)
+    renamed.load_state_dict(model.state_dict())
+    assert renamed.fingerprint == before
+    genes = list(model.vocab.tokens)
+    genes[0], genes[1] = genes[1], genes[0]
+    swapped = ScGPT(model.config, GeneVocab(genes))
+    swapped.load_state_dict(model.state_dict())
+    assert swapped.fingerprint != before
+    model.encoder.layers[0].ff_in.bias.data[0] += 1e-6
+    assert model.fingerprint != before
+
+
+def test_losses_have_names_and_the_asked_tokens_count(model: ScGPT) -> None:
+    losses = model.losses(some_tokens(model.vocab))
+    assert set(losses) == {"gep", "gep_cell_prompt", "gepc", "cls", "ecs", "cce"}
+    assert int(losses["gep"].n) == 5
+    assert all(bool(torch.isfinite(loss.mean)) for loss in losses.values())
+
+
+def test_without_targets_only_the_cell_is_encoded(model: ScGPT, folder: Path) -> None:
+    classifier = ScGPT.from_pretrained(folder, drop=["gep", "gepc", "cce"])
+    losses = classifier.losses(some_tokens(model.vocab)._replace(targets=None))
+    assert set(losses) == {"cls", "ecs"}
+    torch.testing.assert_close(losses["cls"].mean, model.losses(some_tokens(model.vocab))["cls"].mean)
+
+
+def test_dropped_heads_are_gone(folder: Path) -> None:
+    model = ScGPT.from_pretrained(folder, drop=["cls"])
+    assert "cls" not in model.config.objectives
+    assert not [key for key in model.state_dict() if "objectives.cls" in key]
+    with pytest.raises(InputError, match=r"'clss'.*\n.*\n.*did you mean cls"):
+        ScGPT.from_pretrained(folder, drop=["clss"])
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_everything_wrong_with_the_tensors_in_one_message(folder: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        del weights["encoder.layers.1.qkv.bias"]
+        weights["encoder.layers.7.qkv.bias"] = torch.zeros(2)
+        weights["encoder.gene_norm.bias"] = torch.zeros(5)
+        weights["encoder.gene_norm.weight"] = torch.zeros(16, dtype=torch.float16)
+        weights["encoder.asked"][3] = torch.nan
+
+    change_weights(folder, change)
+    with pytest.raises(InputError) as caught:
+        ScGPT.from_pretrained(folder)
+    for words in (
+        "missing: encoder.layers.1.qkv.bias",
+        "unexpected: encoder.layers.7.qkv.bias (2,)",
+        "misshaped: encoder.gene_norm.bias is torch.float32 (5,), expected torch.float32 (16,)",
+        "misshaped: encoder.gene_norm.weight is torch.float16 (16,)",
+        "not finite: encoder.asked",
+    ):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: change_config(f, colour="blue"), r"config.json does not describe.*\n.*colour"),
+        (lambda f: change_config(f, format=2), r"has format 2.*\n.*\n.*install the newer annformer"),
+        (lambda f: (f / "config.json").write_text("{}"), r"has format None.*\n.*format 1"),
+        (lambda f: change_config(f, objectives={"gep": {"kind": "wave"}}), "objectives.gep"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"not a model"), "cannot be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
+        (lambda f: (f / "vocab.json").write_text('{"A": 0, "B": 2}'), "vocab.json"),
+        (lambda f: GeneVocab(["A", "B"]).to_json(f / "vocab.json"), "2 tokens"),
+    ],
+)
+def test_spoilt_folders(folder: Path, spoil: Callable[[Path], object], words: str) -> None:
+    spoil(folder)
+    with pytest.raises(InputError, match=words):
+        ScGPT.from_pretrained(folder)
+
+
+def test_authors_folder_is_loaded_as_it_is() -> None:
+    model = ScGPT.from_pretrained(GOLDEN / "b_integration", drop=["cls"])
+    assert model.name == "b_integration"
+    assert set(model.objectives) == {"gep", "gepc", "dar"}
+    assert model.config.provenance["notes"]
+
+
+def test_converted_models_are_saved_in_our_format(tmp_path: Path) -> None:
+    theirs = ScGPT.from_pretrained(GOLDEN / "b_integration")
+    theirs.save_pretrained(tmp_path / "ours")
+    ours = ScGPT.from_pretrained(tmp_path / "ours")
+    assert ours.config == theirs.config
+    assert ours.fingerprint == theirs.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("scgpt-humn", r"there is no model 'scgpt-humn'.*\n.*\n.*did you mean scgpt-human"),
+        ("no such folder", r"there is no model.*\n.*scgpt-human.*\n.*check the path"),
+        (__file__, "is a file"),
+        (Path(__file__).parent, "lacks config.json, vocab.json, model.safetensors"),
+        (Path("no/such"), "there is no model 'no/such'"),
+    ],
+)
+def test_no_such_model(source: str | Path, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ScGPT.from_pretrained(source)
+
+
+def test_card_says_what_it_is(model: ScGPT, folder: Path, tmp_path: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "# small" in card
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
+    assert "- seed: 3" in card
+    model.save_pretrained(tmp_path / "model", card="mine")
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_vocabulary_must_fit(model: ScGPT) -> None:
+    with pytest.raises(InputError, match="2 tokens"):
+        ScGPT(model.config, GeneVocab(["A", "B"]))
