@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -54,6 +55,27 @@ def test_threads_change_nothing(tiny_model, tiny_adata, expected):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert_same(states(tiny_model, tiny_adata()), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_forwards_run_side_by_side_on_one_thread_each(tiny_model, tiny_adata, monkeypatch, fails):
+    seen, before = set(), torch.get_num_threads()
+
+    def encode(tokens, wanted, inner=tiny_model.encode):
+        seen.add((threading.current_thread().name.rpartition("_")[0], torch.get_num_threads()))
+        if fails:
+            raise MemoryError
+        return inner(tokens, wanted=wanted)
+
+    monkeypatch.setattr(tiny_model, "encode", encode)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError) if fails else nullcontext():
+            states(tiny_model, tiny_adata())
+        assert seen == {("annformer-forward", 1)}
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

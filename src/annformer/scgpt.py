@@ -178,7 +178,7 @@ class ScGPT(nn.Module):
         made = "\n".join(f"- {key}: {json.dumps(value)}" for key, value in config.provenance.items()) or "- not recorded"
         return f"""# {self.name}
 
-A foundation model of single cells in the format of [annformer](https://pypi.org/project/annformer/) (format {config.format}).
+A foundation model of single cells in the format of annformer (format {config.format}).
 
 - vocabulary: {len(self.vocab.genes):,} genes
 - network: {model.n_layers} layers, {model.width} wide, {model.n_heads} heads, {sum(p.numel() for p in self.parameters()):,} parameters

@@ -23,8 +23,9 @@ from annformer.config import Config
 from annformer.tokens import CellBatch, TokenBatch
 
 _ROWS_PER_SORT = 16  # rows of about equal length that are padded and sorted together
-_BUCKET_BITS = 11  # buckets of hashes: about one gene in each
-_ODD_1, _ODD_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+_BUCKET_BITS = 9  # buckets of hashes: a few genes in each
+_TOO_LARGE_COUNT = 1024.0  # cells with smaller counts only find their bins in a table
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
 _LOW_HALF = np.uint64(0xFFFFFFFF)
@@ -163,19 +164,23 @@ def _fill(
     longest = 0
     for cell in range(len(edges)):
         longest = max(longest, starts[cell + 1] - starts[cell])
-    genes, exact, hashes = np.empty(longest, np.int64), np.empty(longest), np.empty(longest, np.uint64)
-    buckets = np.empty(1 << _BUCKET_BITS, np.int32)
-    run_key = _mix(_mix(np.uint64(seed) + _ODD_1) + np.uint64(step))
+    exact, hashes, kept = np.empty(longest), np.empty(longest, np.uint64), np.empty(longest + 1, np.int32)
+    run_key = _mix(_mix(np.uint64(seed) + _ODD) + np.uint64(step))
+    spread = gene_ids.astype(np.uint64) * _ODD
     for cell in range(len(edges)):
         first, n, place = starts[cell], starts[cell + 1] - starts[cell], offsets[cell] + 1
         n_kept = offsets[cell + 1] - place
         for i in range(n):
-            genes[i] = gene_ids[columns[first + i]]
             exact[i] = data[first + i]
-        _hash_genes(genes[:n], exact[:n], run_key, hashes[:n])
+        _hash_genes(columns[first : first + n], spread, exact[:n], run_key, hashes[:n])
         if n_kept < n:
-            _keep(genes[:n], exact[:n], hashes[:n], _smallest(hashes[:n], n_kept, buckets))
-        ids[place : place + n_kept] = genes[:n_kept]
+            _keep(hashes[:n], _smallest(hashes[:n], n_kept), kept)
+            for i in range(n_kept):  # an entry never moves back, so nothing is overwritten before it is read
+                exact[i], hashes[i] = exact[kept[i]], hashes[kept[i]]
+                ids[place + i] = gene_ids[columns[first + kept[i]]]
+        else:
+            for i in range(n):
+                ids[place + i] = gene_ids[columns[first + i]]
         if edges.shape[1] == 0:
             values[place : place + n_kept] = exact[:n_kept]
         else:
@@ -183,22 +188,30 @@ def _fill(
 
 
 @_jit
-def _hash_genes(genes: Int[ndarray, "gene"], exact: Float[ndarray, "gene"], run_key: np.uint64, hashes: UInt64[ndarray, "gene"]) -> None:
+def _hash_genes(
+    columns: Int[ndarray, "gene"],
+    spread: UInt64[ndarray, "column"],
+    exact: Float[ndarray, "gene"],
+    run_key: np.uint64,
+    hashes: UInt64[ndarray, "gene"],
+) -> None:
     """One number per gene, a bijection of the gene's id for a given cell, so that no two genes of a cell share one."""
     bits = exact.view(np.uint64)
     content = np.uint64(0)
-    for i in range(len(genes)):
-        content += _mix(np.uint64(genes[i]) * _ODD_1 + bits[i] * _ODD_2)
+    for i in range(len(columns)):  # not in one loop with the next: each becomes vector instructions only by itself
+        hashes[i] = spread[columns[i]]
+    for i in range(len(columns)):
+        content += _mix(hashes[i] ^ bits[i])
     key = _mix(content + run_key)
-    for i in range(len(genes)):
-        hashes[i] = _mix(np.uint64(genes[i]) * _ODD_1 + key)
+    for i in range(len(columns)):
+        hashes[i] = _mix(hashes[i] + key)
 
 
 @_jit
-def _smallest(hashes: UInt64[ndarray, "gene"], n: int, buckets: Int[ndarray, "bucket"]) -> np.uint64:
+def _smallest(hashes: UInt64[ndarray, "gene"], n: int) -> np.uint64:
     """The n-th smallest hash: evenly spread numbers need one pass into buckets and the sorting of the few in a single bucket."""
     shift = np.uint64(64 - _BUCKET_BITS)
-    buckets[:] = 0
+    buckets = np.zeros(1 << _BUCKET_BITS, np.int32)
     for i in range(len(hashes)):
         buckets[np.int64(hashes[i] >> shift)] += 1
     bucket, below = 0, 0
@@ -218,11 +231,11 @@ def _smallest(hashes: UInt64[ndarray, "gene"], n: int, buckets: Int[ndarray, "bu
 
 
 @_jit
-def _keep(genes: Int[ndarray, "gene"], exact: Float[ndarray, "gene"], hashes: UInt64[ndarray, "gene"], largest: np.uint64) -> None:
-    """Move the genes whose hash is at most `largest` to the front, in their order."""
+def _keep(hashes: UInt64[ndarray, "gene"], largest: np.uint64, kept: Int[ndarray, "gene+1"]) -> None:
+    """List the genes whose hash is at most `largest`, in their order. Writing first and counting then avoids a branch."""
     place = 0
-    for i in range(len(genes)):
-        genes[place], exact[place], hashes[place] = genes[i], exact[i], hashes[i]
+    for i in range(len(hashes)):
+        kept[place] = i
         place += hashes[i] <= largest
 
 
@@ -231,13 +244,64 @@ def _bin(
     exact: Float[ndarray, "gene"], hashes: UInt64[ndarray, "gene"], edges: Float[ndarray, "edge"], values: Float[ndarray, "gene"]
 ) -> None:
     """Bins of the values: the number of edges not above the value, lowered at random where several edges equal it."""
-    equal = np.ones(len(edges) + 1, np.uint64)  # of the edges that end at bin i, how many are equal
-    for i in range(2, len(equal)):
-        equal[i] = equal[i - 1] + np.uint64(1) if edges[i - 1] == edges[i - 2] else np.uint64(1)
+    others = np.zeros(len(edges) + 1, np.uint64)  # edges that equal the one on which bin i begins
+    for i in range(2, len(others)):
+        others[i] = others[i - 1] + np.uint64(1) if edges[i - 1] == edges[i - 2] else np.uint64(0)
+    n_counts = _largest_count(exact) + 1
+    if n_counts > 0:
+        _look_up(exact, hashes, edges, others, n_counts, values)
+    else:
+        _search(exact, hashes, edges, others, values)
+
+
+@_jit
+def _largest_count(exact: Float[ndarray, "gene"]) -> int:
+    """Largest of the values if all are whole and small enough for a table of bins, else -1."""
+    largest, other = np.int32(0), np.int32(0)
+    for i in range(len(exact)):
+        count = np.int32(max(min(exact[i], _TOO_LARGE_COUNT), 0.0))
+        other |= np.int32(count != exact[i])
+        largest = max(largest, count)
+    return -1 if other or largest == _TOO_LARGE_COUNT else largest
+
+
+@_jit
+def _look_up(
+    exact: Float[ndarray, "gene"],
+    hashes: UInt64[ndarray, "gene"],
+    edges: Float[ndarray, "edge"],
+    others: UInt64[ndarray, "bin"],
+    n_counts: int,
+    values: Float[ndarray, "gene"],
+) -> None:
+    highest, n_ties, place = np.empty(n_counts, np.int32), np.empty(n_counts, np.uint64), 0
+    for count in range(n_counts):
+        while place < len(edges) and edges[place] <= count:
+            place += 1
+        highest[count] = place
+        n_ties[count] = np.uint64(1) + others[place] * np.uint64(edges[place - 1] == count)
+    for i in range(len(exact)):
+        count = np.int32(exact[i])
+        values[i] = _lowered(highest[count], n_ties[count], hashes[i])
+
+
+@_jit
+def _search(
+    exact: Float[ndarray, "gene"],
+    hashes: UInt64[ndarray, "gene"],
+    edges: Float[ndarray, "edge"],
+    others: UInt64[ndarray, "bin"],
+    values: Float[ndarray, "gene"],
+) -> None:
     for i in range(len(exact)):
         value, highest = exact[i], 0
         for edge in range(len(edges)):  # vector instructions make this three times faster than a binary search in 50 edges
             highest += edges[edge] <= value
-        n_ties = equal[highest] if edges[highest - 1] == value else np.uint64(1)
-        lowered = ((hashes[i] & _LOW_HALF) * n_ties) >> _32
-        values[i] = np.float32(highest - np.int64(lowered))
+        n_ties = np.uint64(1) + others[highest] * np.uint64(edges[highest - 1] == value)
+        values[i] = _lowered(np.int32(highest), n_ties, hashes[i])
+
+
+@_jit
+def _lowered(highest: np.int32, n_ties: np.uint64, hashed: np.uint64) -> np.int32:
+    """One of the `n_ties` bins up to the highest, by the half of the hash that had no say in the choice of genes."""
+    return highest - np.int32(((hashed & _LOW_HALF) * n_ties) >> _32)

@@ -50,7 +50,7 @@ def test_every_command_has_help_for_every_option(name, capsys):
     command = import_module(f"annformer.cli.{name}").command
     documented = inspect.getdoc(command)
     for parameter in inspect.signature(command).parameters.values():
-        assert f"--{parameter.name}" in out or f"\n  {parameter.name}" in out
+        assert f"--{parameter.name}" in out or f"\n  {parameter.name.upper()} " in out
         assert f"\n{parameter.name}\n" in documented, f"{parameter.name} is not explained"
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "the main job on real cells that ship with a dependency: embed, annotate, one HTML page",
     "inspect": "what a file or a model is, whether it will work, what is odd about it",
     "embed": "cells in, the same cells with their embeddings out",
+    "prepare": "data sets into one shuffled store for pretraining",
     "convert": "the authors' checkpoint folder into ours, or back",
     "version": "the versions of annformer and of what it stands on",
 }

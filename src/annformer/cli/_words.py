@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
@@ -26,10 +27,16 @@ def arguments(name: str, command: Callable[..., int | None], words: list[str]) -
 
     command.__annotations__ = get_type_hints(command)  # else jsonargparse runs the module's TYPE_CHECKING imports, which are heavy
     options = {f"--{p.name}": p.annotation for p in inspect.signature(command).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    words = _normalise(name, words, options)
+    words = _gather_lists(_normalise(name, words, options), command, options)
     parser = ArgumentParser(prog=f"annformer {name}", exit_on_error=False, allow_abbrev=False, description=_first_lines(command))
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; what is typed wins")
     parser.add_function_arguments(command, as_group=False, as_positional=True)
+    for action in parser._actions:
+        if not action.option_strings:
+            action.metavar = action.dest  # else a list is shown as [ITEM,...]
+    for action in parser._actions:
+        if not action.option_strings:
+            action.metavar = action.dest.upper()
     if "--help" in words or "-h" in words:
         parser.print_help()
         return None
@@ -63,6 +70,31 @@ def _normalise(name: str, words: list[str], options: dict[str, Any]) -> list[str
             equals, value = "=", "true"
         result.append(option + equals + value)
     return result
+
+
+def _gather_lists(words: list[str], command: Callable[..., int | None], options: dict[str, Any]) -> list[str]:
+    """Write the values of every list as one JSON word, so that `--exclude A B` and several bare words need no brackets."""
+    positional = [p.annotation for p in inspect.signature(command).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    target = "" if positional == [list[str]] else None  # the list that a bare word belongs to; "": the positional one
+    lists = {option for option, annotation in options.items() if str(annotation).startswith("list[str]")}
+    result: list[str] = []
+    gathered: dict[str, list[str]] = {}
+    now, taken = target, False
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            now, taken = (option if option in lists else target), option not in lists and not equals
+            if now == option:
+                gathered.setdefault(option, []).extend([value] if equals else [])
+            else:
+                result.append(word)
+        elif taken or now is None:
+            result.append(word)
+            taken = False
+        else:
+            gathered.setdefault(now, []).append(word)
+    named = [f"{option}={json.dumps(values)}" for option, values in gathered.items() if option]
+    return [*result, *named, *([json.dumps(gathered[""])] if "" in gathered else [])]
 
 
 def _is_number(word: str) -> bool:

@@ -1,0 +1,149 @@
+"""What tells whether two cells are the same: order-free hashes of their (gene, value) pairs, whole or over chosen genes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt64
+from numba import njit
+
+from annformer.data.studies import Study, StudyCells
+from annformer.genes import GeneMatch
+from annformer.tokens import CellBatch
+from annformer.vocab import GeneVocab
+
+logger = logging.getLogger(__name__)
+
+N_BANDS: Final = 4
+"""Cells of two files are compared over the genes that both files have, and over four disjoint quarters of these; one that is equal is
+enough: a gene that one of the files counted otherwise spoils its own quarter only, and shallow cells are compared as a whole."""
+MIN_EXPRESSED: Final = 15
+"""Fewest expressed genes of a comparison; with fewer, different cells may look alike."""
+CELLS_PER_READ: Final = 1024
+
+
+def cell_keys(
+    cells: CellBatch, bands: Int[np.ndarray, "token"], n_bands: int = 1
+) -> tuple[UInt64[np.ndarray, "cell band"], Int[np.ndarray, "cell band"]]:
+    """Hash every cell, once for each band of genes.
+
+    Parameters
+    ----------
+    bands
+        For every id of the vocabulary the band that the gene counts for; -1: none.
+
+    Returns
+    -------
+    The hashes, and how many expressed genes each stands for.
+    """
+    counts = cells.counts
+    bits = counts.data.astype(np.float64).view(np.uint64)
+    return _keys(counts.indptr, counts.indices, bits, np.asarray(cells.gene_ids), bands, n_bands)
+
+
+@njit(cache=True, nogil=True)
+def _keys(indptr: Any, indices: Any, bits: Any, gene_ids: Any, bands: Any, n_bands: int) -> Any:
+    keys = np.zeros((len(indptr) - 1, n_bands), dtype=np.uint64)
+    expressed = np.zeros((len(indptr) - 1, n_bands), dtype=np.int32)
+    for row in range(len(keys)):
+        for k in range(indptr[row], indptr[row + 1]):
+            gene = gene_ids[indices[k]]
+            band = bands[gene]
+            if band >= 0:
+                z = bits[k] ^ (np.uint64(gene + 1) * np.uint64(0x9E3779B97F4A7C15))  # splitmix64
+                z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                keys[row, band] += z ^ (z >> np.uint64(31))
+                expressed[row, band] += 1
+    return keys, expressed
+
+
+def shuffled(keys: UInt64[np.ndarray, "cell"], seed: int) -> UInt64[np.ndarray, "cell"]:
+    """Draw keys anew by `seed`: equal ones stay equal, their order is random."""
+    with np.errstate(over="ignore"):
+        z = keys + np.uint64(seed) * np.uint64(0xD6E8FEB86659FD93) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Keys of the cells of one held-out data set over the genes that it shares with a study."""
+
+    name: str
+    bands: Int[np.ndarray, "token"]
+    keys: tuple[UInt64[np.ndarray, "key"], ...]
+    """For each band, and last for all of them together, sorted."""
+
+    def found(self, cells: CellBatch) -> Bool[np.ndarray, "cell"]:
+        """Whether each cell is one of the held-out ones."""
+        keys, enough = _comparable(cells, self.bands)
+        same = [_contains(known, keys[:, band]) & enough[:, band] for band, known in enumerate(self.keys) if len(known)]
+        return np.logical_or.reduce([np.zeros(len(keys), dtype=bool), *same])
+
+
+class HeldOut:
+    """Data sets whose cells must not get into a store; they stay open.
+
+    Parameters
+    ----------
+    studies
+        By name.
+    vocab
+        Genes in whose terms cells are compared.
+    """
+
+    def __init__(self, studies: Mapping[str, Study], vocab: GeneVocab) -> None:
+        self.vocab = vocab
+        self._cells = {name: study.open(min_match=0.0) for name, study in studies.items()}
+
+    def against(self, match: GeneMatch) -> list[Held]:
+        """Keys of all their cells over the genes that they share with the columns that `match` found.
+
+        Every data set is read again for every `match`, because the genes that two files share decide what can be compared; only keys are
+        kept.
+        """
+        held = []
+        for name, cells in self._cells.items():
+            bands = _shared_bands(match, cells.match(self.vocab))
+            if (bands >= 0).sum() < N_BANDS * MIN_EXPRESSED:
+                logger.warning("a study and %s share %d genes only: whether they share cells cannot be seen", name, (bands >= 0).sum())
+            held.append(Held(name, bands, _keys_of(cells, self.vocab, bands)))
+        return held
+
+    def close(self) -> None:
+        """Close the files."""
+        for cells in self._cells.values():
+            cells.close()
+
+
+def _comparable(cells: CellBatch, bands: Int[np.ndarray, "token"]) -> tuple[UInt64[np.ndarray, "cell band"], Bool[np.ndarray, "cell band"]]:
+    """Keys by band and, as their sum is the key of all genes, over all bands; and which of them stand for enough expressed genes."""
+    keys, expressed = (np.column_stack([found, found.sum(axis=1, dtype=found.dtype)]) for found in cell_keys(cells, bands, N_BANDS))
+    return keys, expressed >= MIN_EXPRESSED
+
+
+def _keys_of(cells: StudyCells, vocab: GeneVocab, bands: Int[np.ndarray, "token"]) -> tuple[UInt64[np.ndarray, "key"], ...]:
+    found: list[list[np.ndarray]] = [[] for _ in range(N_BANDS + 1)]
+    for batch in cells.batches(CELLS_PER_READ, vocab=vocab):
+        keys, enough = _comparable(batch, bands)
+        for band, kept in enumerate(found):
+            kept.append(keys[enough[:, band], band])
+    return tuple(np.unique(np.concatenate(keys)) for keys in found)
+
+
+def _shared_bands(*matches: GeneMatch) -> Int[np.ndarray, "token"]:
+    """Bands of the genes for which each file has exactly one column: what was added up may have been added up otherwise."""
+    n_tokens = len(matches[0].vocab)
+    once = [np.bincount(match.ids[match.ids >= 0], minlength=n_tokens) == 1 for match in matches]
+    return np.where(np.logical_and.reduce(once), np.arange(n_tokens) % N_BANDS, -1).astype(np.int8)
+
+
+def _contains(known: UInt64[np.ndarray, "key"], keys: UInt64[np.ndarray, "cell"]) -> Bool[np.ndarray, "cell"]:
+    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return known[place] == keys
