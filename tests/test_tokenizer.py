@@ -115,6 +115,7 @@ def test_ties_of_neighbouring_genes_are_independent() -> None:
 def values_of(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
     makers = {
         "counts": lambda: rng.geometric(0.4, n).astype(np.float32),
+        "about the end of the table": lambda: rng.integers(1, 1020 + rng.integers(2, 9), n).astype(np.float32),
         "large": lambda: rng.lognormal(7, 2, n).astype(np.int64).astype(np.float32) + 1,
         "huge": lambda: rng.integers(1, 2**40, n).astype(np.float64),
         "log": lambda: np.log1p(rng.geometric(0.4, n) * np.float32(3.7)).astype(np.float32),
@@ -125,7 +126,11 @@ def values_of(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
     return makers[kind]()
 
 
-@given(st.sampled_from(["counts", "large", "huge", "log", "float32", "float64", "close"]), st.integers(1, 400), st.integers(0, 10**6))
+@given(
+    st.sampled_from(["counts", "about the end of the table", "large", "huge", "log", "float32", "float64", "close"]),
+    st.integers(1, 400),
+    st.integers(0, 10**6),
+)
 @settings(max_examples=150, deadline=None)
 def test_edges_and_bins_like_numpy(kind: str, n: int, seed: int) -> None:
     values = values_of(kind, n, np.random.default_rng(seed))
@@ -271,6 +276,13 @@ def test_a_single_value_changes_the_draws_of_its_cell_only() -> None:
     before, after = split(tokens_of(rows)), split(tokens_of(changed))
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+def test_swapped_values_are_another_cell() -> None:
+    row = np.ones(60, np.float32)
+    one, other = row.copy(), row.copy()
+    one[3], other[4] = 2, 2
+    assert bins_of(one)[10:].tolist() != bins_of(other)[10:].tolist()
 
 
 # the batch

@@ -262,7 +262,7 @@ def _largest_count(exact: Float[ndarray, "gene"]) -> int:
         count = np.int32(max(min(exact[i], _TOO_LARGE_COUNT), 0.0))
         other |= np.int32(count != exact[i])
         largest = max(largest, count)
-    return -1 if other or largest == _TOO_LARGE_COUNT else largest
+    return -1 if other or largest == _TOO_LARGE_COUNT else int(largest)
 
 
 @_jit
@@ -281,8 +281,8 @@ def _look_up(
         highest[count] = place
         n_ties[count] = np.uint64(1) + others[place] * np.uint64(edges[place - 1] == count)
     for i in range(len(exact)):
-        count = np.int32(exact[i])
-        values[i] = _lowered(highest[count], n_ties[count], hashes[i])
+        value = np.int32(exact[i])
+        values[i] = _lowered(highest[value], n_ties[value], hashes[i])
 
 
 @_jit

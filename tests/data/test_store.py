@@ -240,6 +240,22 @@ writer.write_store({[str(f) for f in files]!r}, {str(tmp_path / "store")!r}, mem
             write_store(files[:2], tmp_path / "store", memory_gb=2e-5, resume=True)
         assert (tmp_path / "store.partial").exists()
 
+    def test_finished_shard_that_is_gone_is_noticed(self, files, tmp_path):
+        options = {"memory_gb": 2e-5, "shard_bytes": 20_000}
+        seen = []
+
+        def stop(phase: str, *_: object) -> None:
+            seen.append(phase)
+            if seen.count("writing") == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_store(files, tmp_path / "store", progress=stop, **options)
+        next((tmp_path / "store.partial" / "store").glob("shard*")).unlink()
+        with pytest.raises(InputError, match="is missing or has another size"):
+            write_store(files, tmp_path / "store", resume=True, **options)
+        assert write_store(files, tmp_path / "store", **options).n_cells == 160
+
     def test_without_resume_it_begins_anew(self, files, tmp_path, caplog):
         self._stop(files, tmp_path)
         assert write_store(files, tmp_path / "store").n_cells == 160

@@ -133,9 +133,9 @@ def _summary(run: Run) -> str:
     n_trained = run.adata.n_obs - len(run.pretrained.validation_rows)
     minutes = sum(run.seconds.values()) / 60
     return (
-        f"A network of {n_parameters:,} parameters was pretrained on {n_trained} of {run.adata.n_obs} real blood cells, without their labels; "
-        f"then every cell was embedded, drawn and annotated. All of it took {minutes:.1f} minutes on this machine's processor. It shows how annformer "
-        "works. It is not the pretrained model."
+        f"A network of {n_parameters:,} parameters was pretrained on {n_trained} of {run.adata.n_obs} real blood cells without labels. "
+        f"Then every cell was embedded, drawn and annotated. All of it took {minutes:.1f} minutes on this machine's processor. It shows "
+        "how annformer works. It is not the pretrained model."
     )
 
 
@@ -197,7 +197,7 @@ def _caveats(n_cells: int, n_hidden: int) -> list[str]:
         "rarest has 8 cells, so that macro-F1 moves with a handful of cells.",
         "The splits share cells: their standard deviation is not a confidence interval.",
         "Size, rate and length of the training were chosen among a dozen settings by the expression error on the very held-out cells that "
-        "are reported, which flatters that error a little; the labels were not looked at.",
+        "are reported, which flatters that error a little; the labels were not used to choose.",
         "The matrix holds log-normalised values of 765 variable genes. Bins are ranks within a cell, so they are those of the counts. But "
         "most non-zero counts are 1, and the order among equal values is drawn at random: that part of the error no model can remove.",
         "A UMAP bends distances: trust the tables, not the gaps.",

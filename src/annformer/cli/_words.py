@@ -33,9 +33,6 @@ def arguments(name: str, command: Callable[..., int | None], words: list[str]) -
     parser.add_function_arguments(command, as_group=False, as_positional=True)
     for action in parser._actions:
         if not action.option_strings:
-            action.metavar = action.dest  # else a list is shown as [ITEM,...]
-    for action in parser._actions:
-        if not action.option_strings:
             action.metavar = action.dest.upper()
     if "--help" in words or "-h" in words:
         parser.print_help()

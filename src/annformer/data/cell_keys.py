@@ -102,8 +102,8 @@ class HeldOut:
         self.vocab = vocab
         self._cells = {name: study.open(min_match=0.0) for name, study in studies.items()}
 
-    def against(self, match: GeneMatch) -> list[Held]:
-        """Keys of all their cells over the genes that they share with the columns that `match` found.
+    def against(self, match: GeneMatch, study: str) -> list[Held]:
+        """Keys of all their cells over the genes that they share with the columns that `match` found in `study`.
 
         Every data set is read again for every `match`, because the genes that two files share decide what can be compared; only keys are
         kept.
@@ -112,7 +112,8 @@ class HeldOut:
         for name, cells in self._cells.items():
             bands = _shared_bands(match, cells.match(self.vocab))
             if (bands >= 0).sum() < N_BANDS * MIN_EXPRESSED:
-                logger.warning("a study and %s share %d genes only: whether they share cells cannot be seen", name, (bands >= 0).sum())
+                n_shared = int((bands >= 0).sum())
+                logger.warning("%s and %s share %d genes only: whether they share cells is hard to see", study, name, n_shared)
             held.append(Held(name, bands, _keys_of(cells, self.vocab, bands)))
         return held
 

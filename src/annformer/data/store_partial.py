@@ -108,6 +108,7 @@ class PartialStore:
                 found = f"the work kept in {self.folder} cannot be continued: other {', '.join(differences)}"
                 raise input_error(found, "the same sources and options as when it was begun", "run again without --resume to begin anew")
             self.state = State(**begun["state"])
+            self._require_shards()
             logger.info(
                 "going on with the work in %s: %d studies and %d shards are done", self.folder, self.state.source, len(self.state.shards)
             )
@@ -118,6 +119,13 @@ class PartialStore:
         for folder in (self.buckets, self.store):
             shutil.rmtree(folder)
             folder.mkdir()
+
+    def _require_shards(self) -> None:
+        for shard in self.state.shards:
+            file = self.store / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["n_bytes"]:
+                found = f"{file}, which the journal says is finished, is missing or has another size"
+                raise input_error(found, "the work as it was left", "run again without --resume to begin anew")
 
     def save(self) -> None:
         """Write the journal."""

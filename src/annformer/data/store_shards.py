@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
+from numba import njit
 
 from annformer.data.store import Shard
 from annformer.data.store_buckets import Cells, by_key
@@ -57,12 +59,12 @@ class ShardWriter:
             with pa.ipc.new_stream(file, self.schema) as stream:
                 for bucket in buckets:
                     cells, sources = by_key(bucket)
+                    del bucket  # as large as its sorted copy
                     dropped.append(sources)
                     if len(cells.facts):
                         stream.write_batch(self._batch(cells))
                         n_cells += len(cells.facts)
-                        tally[0] += np.bincount(cells.gene_ids, minlength=self.n_tokens)
-                        tally[1] += np.bincount(cells.gene_ids, weights=cells.counts, minlength=self.n_tokens)
+                        _count(cells.gene_ids, cells.counts, tally)
             file.flush()
             os.fsync(file.fileno())
         np.save(self._tally(number), tally)
@@ -86,3 +88,11 @@ class ShardWriter:
         lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (cells.gene_ids, cells.counts)]
         names = [*(f"c{i}" for i in range(len(self.columns))), "source", "row"]
         return pa.record_batch([*lists, *(pa.array(np.ascontiguousarray(cells.facts[name])) for name in names)], schema=self.schema)
+
+
+@njit(cache=True, nogil=True)
+def _count(gene_ids: Any, counts: Any, tally: Any) -> None:
+    """Add, for every gene, the cells that express it and its counts; `np.bincount` would first make wider copies of both."""
+    for k in range(len(gene_ids)):
+        tally[0, gene_ids[k]] += 1
+        tally[1, gene_ids[k]] += counts[k]

@@ -7,26 +7,25 @@ with the same content meet in the same bucket, where all but one are dropped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 import annformer
 from annformer.data.cell_keys import Held, HeldOut, cell_keys, shuffled
-from annformer.data.store import FORMAT, OWN_COLUMNS, HeldOutRecord, Shard, SourceRecord, StoreManifest
+from annformer.data.store import FORMAT, HeldOutRecord, Shard, SourceRecord, StoreManifest
 from annformer.data.store_buckets import Buckets, Cells, facts_type
 from annformer.data.store_partial import PartialStore, State
+from annformer.data.store_plan import Plan, make_plan, no_counts
 from annformer.data.store_shards import ShardWriter
-from annformer.data.studies import UNKNOWN, LabelCodes, Study, StudyCells, find_studies, study_names
-from annformer.errors import InputError, input_error
-from annformer.genes import table_vocab
+from annformer.data.studies import UNKNOWN, LabelCodes, Study, StudyCells
+from annformer.errors import input_error
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
 
@@ -34,46 +33,11 @@ logger = logging.getLogger(__name__)
 
 LABELS: Final = ("study", "tissue", "assay", "cell_type", "batch")
 CELLS_PER_READ: Final = 1024
-MAX_SHARDS: Final = 256
-"""Shards are larger rather than more: every process that reads a store keeps each of them open."""
 SHARD_BYTES: Final = 2**30
 SAY_TIME_AFTER: Final = 3.0
 """Seconds of work from which the time of the whole is told."""
 
 Progress = Callable[[str, int, int], None]
-
-
-class _Plan(NamedTuple):
-    """What is found out before anything is written."""
-
-    studies: dict[str, Study]
-    """By name."""
-    held_out: dict[str, Study]
-    vocab: GeneVocab
-    columns: tuple[str, ...]
-    seed: int
-    allow_normalised: bool
-    bucket_bytes: int
-    n_cells: list[int]
-    """Of every study."""
-    n_bytes: int
-    """Of the store, if no cell is dropped."""
-    n_buckets: int
-    n_shards: int
-
-    def job(self) -> dict[str, Any]:
-        """Everything that the store depends on, as plain values."""
-        return {
-            "version": annformer.__version__,
-            "studies": [study.identity() for study in self.studies.values()],
-            "excluded": [study.identity() for study in self.held_out.values()],
-            "vocabulary": hashlib.sha256("\n".join(self.vocab.tokens).encode()).hexdigest(),
-            "columns": list(self.columns),
-            "seed": self.seed,
-            "allow_normalised": self.allow_normalised,
-            "buckets": self.n_buckets,
-            "shards": self.n_shards,
-        }
 
 
 def write_store(
@@ -131,7 +95,7 @@ def write_store(
         When a data set cannot be used, before anything is written where that can be seen from a sample of its values.
     """
     with _quiet():
-        plan = _plan(sources, exclude, vocab, columns, seed, memory_gb, shard_bytes, allow_normalised=allow_normalised)
+        plan = make_plan(sources, exclude, vocab, columns, seed, memory_gb, shard_bytes, allow_normalised=allow_normalised)
     n_cells = sum(plan.n_cells)
     logger.info(
         "%s cells of %d studies, %s genes: at most %.2g GB on disk, about %.2g GB of memory",
@@ -152,52 +116,7 @@ def write_store(
     return manifest
 
 
-def _plan(
-    sources: Sequence[str | Path | Study],
-    exclude: Sequence[str | Path | Study],
-    vocab: GeneVocab | None,
-    columns: Sequence[str],
-    seed: int,
-    memory_gb: float,
-    shard_bytes: int,
-    *,
-    allow_normalised: bool,
-) -> _Plan:
-    _check_options(columns, memory_gb)
-    studies, held = (dict(zip(study_names(found), found, strict=True)) for found in map(find_studies, (sources, exclude)))
-    known, n_cells, n_values, genes = vocab or table_vocab(), [], 0, set()
-    for study in studies.values():
-        cells = study.open()
-        if cells.counts.kind != "counts" and not allow_normalised:
-            raise _no_counts(study, f"{cells.counts.where} is {cells.counts.kind}: {cells.counts.note}")
-        genes.update(cells.match(known).ids.tolist())
-        n_cells.append(cells.n_obs)
-        n_values += cells.n_values
-        cells.close()
-    if vocab is None:
-        vocab = GeneVocab(sorted(known.tokens[i] for i in genes - {-1})).with_specials()
-    HeldOut(held, vocab).close()  # opened now, so that a file that cannot be used is met before the work
-    columns = tuple(dict.fromkeys(("study", *columns)))
-    n_bytes = 8 * n_values + sum(n_cells) * (16 + 4 * len(columns))
-    bucket_bytes = max(1, int(memory_gb * 1e9 / 4))  # a bucket and its sorted copy, or as many cells that wait to be written, and some air
-    n_buckets = -(-n_bytes // bucket_bytes)
-    n_shards = min(n_buckets, MAX_SHARDS, -(-n_bytes // shard_bytes))
-    return _Plan(
-        studies, held, vocab, columns, seed, allow_normalised, bucket_bytes, n_cells, n_bytes, n_buckets, n_shards,
-    )  # fmt: skip
-
-
-def _check_options(columns: Sequence[str], memory_gb: float) -> None:
-    reserved = [name for name in columns if name in OWN_COLUMNS]
-    if reserved:
-        found = f"a label column is called {reserved[0]!r}"
-        raise input_error(found, f"other names than {', '.join(OWN_COLUMNS)}", "rename the column")
-    if not memory_gb > 0:
-        found = f"memory_gb is {memory_gb:g}"
-        raise input_error(found, "more than 0", "give the memory for buckets in GB, for example 1")
-
-
-def _scatter(plan: _Plan, partial: PartialStore, buckets: Buckets, report: Progress) -> None:
+def _scatter(plan: Plan, partial: PartialStore, buckets: Buckets, report: Progress) -> None:
     state = partial.state
     buckets.cut(state.sizes)
     codes = {column: LabelCodes(state.categories.get(column, ())) for column in plan.columns}
@@ -226,11 +145,11 @@ def _scatter(plan: _Plan, partial: PartialStore, buckets: Buckets, report: Progr
 class _Reader:
     """Cells of one study as facts, genes and counts, without the empty and the excluded ones."""
 
-    def __init__(self, plan: _Plan, number: int, held_out: HeldOut, codes: dict[str, LabelCodes]) -> None:
+    def __init__(self, plan: Plan, number: int, held_out: HeldOut, codes: dict[str, LabelCodes]) -> None:
         self.plan, self.number = plan, number
         name, self.study = list(plan.studies.items())[number]
         self.source: StudyCells = self.study.open()
-        self.held: list[Held] = held_out.against(self.source.match(plan.vocab))
+        self.held: list[Held] = held_out.against(self.source.match(plan.vocab), name)
         self.codes = [
             codes[column].of_study(self.study, self.source, column, name if column == "study" else UNKNOWN) for column in plan.columns
         ]
@@ -275,10 +194,10 @@ class _Reader:
         data = batch.counts.data
         if not self.plan.allow_normalised and not (data == np.rint(data)).all():
             rows = f"{batch.rows[0]} to {batch.rows[-1]}"
-            raise _no_counts(self.study, f"{self.source.counts.where} was taken for counts, but cells {rows} hold fractions")
+            raise no_counts(self.study, f"{self.source.counts.where} was taken for counts, but cells {rows} hold fractions")
 
 
-def _write_shards(plan: _Plan, partial: PartialStore, buckets: Buckets, shards: ShardWriter, report: Progress) -> None:
+def _write_shards(plan: Plan, partial: PartialStore, buckets: Buckets, shards: ShardWriter, report: Progress) -> None:
     """Sort the buckets into shards, one after the other; those that an earlier run finished are left alone."""
     state = partial.state
     for number, part in enumerate(np.array_split(np.arange(plan.n_buckets), plan.n_shards)):
@@ -294,7 +213,7 @@ def _write_shards(plan: _Plan, partial: PartialStore, buckets: Buckets, shards: 
         report("writing", written, sum(plan.n_cells))
 
 
-def _manifest(plan: _Plan, partial: PartialStore, shards: ShardWriter) -> StoreManifest:
+def _manifest(plan: Plan, partial: PartialStore, shards: ShardWriter) -> StoreManifest:
     state = partial.state
     written = [Shard.model_validate(shard) for shard in state.shards]
     n_cells = sum(shard.n_cells for shard in written)
@@ -327,7 +246,7 @@ def _manifest(plan: _Plan, partial: PartialStore, shards: ShardWriter) -> StoreM
     )
 
 
-def _source_record(plan: _Plan, state: State, number: int) -> SourceRecord:
+def _source_record(plan: Plan, state: State, number: int) -> SourceRecord:
     name, study = list(plan.studies.items())[number]
     counters, n_cells = state.counters(number), plan.n_cells[number]
     n_empty, n_duplicates, n_excluded = (counters.get(reason, 0) for reason in ("empty", "duplicates", "excluded"))
@@ -378,11 +297,6 @@ def _timed(progress: Progress | None, n_cells: int) -> Progress:
             progress(phase, done, total)
 
     return report
-
-
-def _no_counts(study: Study, what: str) -> InputError:
-    remedy = "name the layer that holds the counts in a table of studies, leave the data set out, or allow it (--allow_normalised)"
-    return input_error(f"{study.path} holds no raw counts: {what}", "whole numbers, so that all studies of a store mean the same", remedy)
 
 
 def _add(counters: dict[str, int], reason: str, which: Bool[np.ndarray, "cell"]) -> None:

@@ -12,7 +12,7 @@ output's last coordinate is the attention weight on oneself, which multiplies th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     """Which queries are asked tokens; None: none is."""
 
     @classmethod
-    def of(cls, tokens: TokenBatch) -> Self:
+    def of(cls, tokens: TokenBatch) -> Layout:
         """All tokens query."""
         lengths, n_visible = torch.stack((tokens.offsets.diff(), tokens.n_visible)).tolist()
         asked = None
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
             asked = torch.arange(tokens.n_tokens, device=cell.device) >= (tokens.offsets[:-1] + tokens.n_visible)[cell]
         return cls(lengths, n_visible, None, lengths, n_visible, asked)
 
-    def only(self, rows: Int[Tensor, "row"], tokens: TokenBatch) -> Self:
+    def only(self, rows: Int[Tensor, "row"], tokens: TokenBatch) -> Layout:
         """Only `rows` query, everything visible still answers."""
         cell = torch.bucketize(rows, tokens.offsets[1:], right=True)
         visible = rows < (tokens.offsets[:-1] + tokens.n_visible)[cell]
