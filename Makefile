@@ -57,5 +57,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/parity.py tests/golden
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/loading.py
 	@test -n "$(CELLS)" || echo "make bench CELLS=FILE.h5ad (counts, gene symbols) also measures embedding"
 	test -z "$(CELLS)" || $(BIN)/python benchmarks/embedding.py "$(CELLS)"
