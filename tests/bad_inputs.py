@@ -163,6 +163,29 @@ def _unknown_setting(kit: Kit) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "blue"}))
 
 
+def _settings(part: str, **changes: Any) -> Callable[[Kit], None]:
+    """Change settings in one part of `config.json`; None takes one away."""
+
+    def make(kit: Kit) -> None:
+        path = kit.folder / "model" / "config.json"
+        config = json.loads(path.read_text())
+        config[part] = {name: value for name, value in (config[part] | changes).items() if value is not None}
+        path.write_text(json.dumps(config))
+
+    return make
+
+
+def _batch_model(kit: Kit) -> None:
+    _settings("model", batch_context=True, n_batches=2)(kit)
+    named = {"encoder.batch.weight": 2, "encoder.batch_norm.weight": 0, "encoder.batch_norm.bias": 0}
+    kit.tensors(lambda tensors: tensors.update({name: np.ones((rows, 32) if rows else 32, np.float32) for name, rows in named.items()}))
+
+
+def _readme(kit: Kit) -> None:
+    (kit.folder / "project").mkdir()
+    (kit.folder / "project" / "README.md").write_text("my project")
+
+
 class Payload:
     """Unpickled, it writes a file: the sign that foreign code ran."""
 
@@ -196,6 +219,8 @@ MODELS = [
     Row("vocabulary with an id twice", EMBED, ("vocab.json",), lambda kit: kit.vocabulary(_double)),
     Row("vocabulary that is no JSON", EMBED, ("vocab.json",), lambda kit: (kit.folder / "model" / "vocab.json").write_text("{")),
     Row("settings with an unknown name", EMBED, ("config.json", "colour"), _unknown_setting),
+    Row("settings with a name less", EMBED, ("config.json", "lacks model.project_asked"), _settings("model", project_asked=None)),
+    Row("a network larger than the disk", EMBED, ("model.safetensors", "ff_width"), _settings("model", ff_width=10**13)),
     Row("settings that are no JSON", EMBED, ("config.json",), lambda kit: (kit.folder / "model" / "config.json").write_text("{")),
     Row(
         "malicious pickle",
@@ -246,6 +271,7 @@ PLACES = [
     Row("output is the input", "embed cells.h5ad --model model --out cells.h5ad", ("cells.h5ad",)),
     Row("model below a regular file", "convert model --out cells.h5ad/ours", ("cells.h5ad",)),
     Row("model in a place nobody may write", "convert model --out /proc/ours", ("/proc",)),
+    Row("model over a README.md of one's own", "convert model --out project", ("README.md",), _readme),
     Row("model over other files", "convert model --out .", ("cells.h5ad",)),
 ]
 
@@ -258,6 +284,7 @@ FINE = [
     Row("empty cells get NaN", EMBED, ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
     Row("empty cells are left out by choice", EMBED + " --empty drop", ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
     Row("dashes instead of underscores", EMBED + " --key-added X_mine", ()),
+    Row("a model that needs batches is a finding", "inspect cells.h5ad --model model", (), _batch_model),
     Row("problems are findings, not errors", "inspect cells.h5ad --model model", (), lambda kit: kit.cells(_scale)),
 ]
 """Odd, but answered with exit status 0 and, where there are words, a line that says what was assumed."""

@@ -95,6 +95,52 @@ def test_fetched_once_and_loaded_by_name(tiny: Path, server: Server) -> None:
     assert [path.name for path in tiny.parent.iterdir()] == ["tiny"]
 
 
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are hashed from now on."""
+    names: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (names.append(Path(file.name).name), digest(file, kind))[1])
+    return names
+
+
+def test_files_in_the_cache_are_hashed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = hashed(monkeypatch)
+    tiny.mkdir(parents=True)
+    for name in checkpoints.AUTHORS_FILES:
+        (tiny / name).write_bytes((GOLDEN / name).read_bytes())
+    checkpoints.fetch("tiny")
+    assert sorted(names) == sorted(checkpoints.AUTHORS_FILES)
+    names.clear()
+    checkpoints.fetch("tiny")
+    assert names == []
+    os.utime(tiny / "vocab.json")
+    checkpoints.fetch("tiny")
+    assert sorted(names) == sorted(checkpoints.AUTHORS_FILES)
+
+
+def test_changed_file_in_the_cache_is_refused(tiny: Path) -> None:
+    checkpoints.fetch("tiny")
+    right = (tiny / "args.json").read_bytes()
+    (tiny / "args.json").write_bytes(right.replace(b'"nheads": 4', b'"nheads": 8'))
+    with pytest.raises(InputError) as caught:
+        ScGPT.from_pretrained("tiny")
+    for words in (
+        str(tiny / "args.json"),
+        hashlib.sha256((tiny / "args.json").read_bytes()).hexdigest(),
+        hashlib.sha256(right).hexdigest(),
+    ):
+        assert words in str(caught.value)
+    assert (tiny / "args.json").exists()
+
+
+def test_damaged_stamp_means_hashing_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.fetch("tiny")
+    (tiny / checkpoints.STAMP).write_text("{")
+    names = hashed(monkeypatch)
+    checkpoints.fetch("tiny")
+    assert len(names) == 3
+
+
 def test_wrong_hash_is_refused_and_nothing_stays(tiny: Path, server: Server) -> None:
     server.files["/tiny/best_model.pt"] += b"one byte more"
     with pytest.raises(InputError, match=r"best_model.pt is not the file that annformer knows"):
@@ -159,7 +205,7 @@ def test_hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ti
         folder = checkpoints.fetch_from_hub(name, endpoint=server.url)
         assert ScGPT.from_pretrained(folder).fingerprint == tiny_model.fingerprint
     assert not [path for path in server.asked if "pkl" in path]
-    with pytest.raises(InputError, match="'no/such' is no folder here and cannot be fetched"):
+    with pytest.raises(InputError, match="'no/such' is no folder here; the Hugging Face Hub was tried"):
         checkpoints.fetch_from_hub("no/such", endpoint=server.url)
 
 
@@ -169,6 +215,17 @@ def test_hub_offline_is_one_message(server: Server, tmp_path: Path, monkeypatch:
     server.shutdown()
     with pytest.raises(InputError, match=r"'some/model' is no folder here.*\n.*\n.*connection"):
         checkpoints.fetch_from_hub("some/model", endpoint=server.url)
+
+
+def test_mistyped_folder_is_looked_for_here_first(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine-1", "other"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    with pytest.raises(InputError) as caught:
+        checkpoints.fetch_from_hub("models/mine", endpoint=server.url)
+    assert str(caught.value).startswith("'models/mine' is no folder here (models holds mine-1, other); the Hugging Face Hub was tried")
+    assert "did you mean models/mine-1" in str(caught.value)
 
 
 class Malicious:
@@ -252,6 +309,18 @@ def test_foreign_folder_and_file_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         checkpoints.write_folder(tmp_path / "thesis/chapter.tex", ["config.json"], fill)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "vocab.json"])
+def test_file_of_the_user_with_a_name_of_ours_is_left_alone(tmp_path: Path, tiny_model: ScGPT, name: str) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which annformer did not write"):
+        tiny_model.save_pretrained(tmp_path / "project")
+    if name == "vocab.json":
+        with pytest.raises(InputError, match=f"holds {name}, which annformer did not write"):
+            tiny_model.save_for_authors(tmp_path / "project", drop=["asked"])
+    assert (tmp_path / "project" / name).read_text() == "mine"
 
 
 def test_failure_leaves_the_old_folder(tmp_path: Path) -> None:

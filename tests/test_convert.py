@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from annformer.checkpoints import read_tensors
+from annformer.cli import main
 from annformer.convert import TABLE, from_authors, to_authors
 from annformer.convert.table import expand, numbers_of
 from annformer.errors import InputError
@@ -244,6 +245,52 @@ def test_drop_names_a_module_that_we_do_not_know(pretrained: tuple[dict[str, Any
         from_authors(args, state, vocab, drop=["encoder"])
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "value", "words"),
+    [
+        ("a_pretrain", {}, -2, "as in pretraining"),
+        ("a_pretrain", {"pad_value": 0}, 0, "as in pretraining"),
+        ("a_pretrain", {"dataset_name": "PBMC_10K"}, 0, "fine-tuning, for there are dataset_name in args.json"),
+        ("a_pretrain", {"dataset_name": "PBMC_10K", "cls_value": -2}, -2, "args.json says so"),
+        ("b_integration", {}, 0, "fine-tuning, for there are"),
+        ("c_annotation", {}, 0, "classes of cells"),
+        ("c_annotation", {"USE_CLS": True}, -2, "as in pretraining"),
+        ("d_perturbation", {}, 0, "an affine decoder"),
+        ("e_multiomic", {}, 0, "modalities"),
+    ],
+)
+def test_value_at_cls(name: str, settings: dict[str, Any], value: float, words: str) -> None:
+    args, state, vocab = read(name)
+    ours = from_authors(args | settings, state, vocab)
+    assert ours.tokenizer.cls_value == value
+    assert [note for note in ours.notes if note.startswith(f"the value at <cls> is {value}") and words in note]
+
+
+def test_fine_tuned_model_without_its_heads_was_still_fine_tuned() -> None:
+    args, state, vocab = read("c_annotation")
+    assert from_authors(args, state, vocab, drop=["cls"]).tokenizer.cls_value == 0
+
+
+def test_one_class_is_no_fine_tuning(pretrained: tuple[dict[str, Any], State, GeneVocab]) -> None:
+    args, state, vocab = pretrained
+    classifier = {key: tensor for key, tensor in read("c_annotation")[1].items() if key.startswith("cls_decoder.")}
+    classifier |= {key: tensor[:1] for key, tensor in classifier.items() if ".out_layer." in key}
+    ours = from_authors(args, state | classifier, vocab)
+    assert "cls" in ours.objectives
+    assert ours.tokenizer.cls_value == -2
+
+
+def test_value_at_cls_by_choice(tmp_path: Path) -> None:
+    assert main(["convert", str(GOLDEN / "c_annotation"), "--out", str(tmp_path / "ours"), "--cls_value", "-2"]) == 0
+    ours = ScGPT.from_pretrained(tmp_path / "ours")
+    assert ours.tokenizer.cls_value == -2
+    notes = ours.config.provenance["notes"]
+    assert isinstance(notes, list)
+    assert notes[-1] == "the value at <cls> was set to -2 on request"
+    assert main(["convert", str(tmp_path / "ours"), "--to_authors", "--out", str(tmp_path / "theirs")]) == 0
+    assert ScGPT.from_pretrained(tmp_path / "theirs").tokenizer.cls_value == -2
+
+
 def config(objectives: dict[str, dict[str, Any]], tokenizer: dict[str, Any], **model: Any) -> ModelFolderConfig:
     sizes = {"vocab_size": 12, "width": 8, "n_heads": 2, "n_layers": 1, "ff_width": 8, "project_asked": False}
     return ModelFolderConfig.model_validate({"model": sizes | model, "tokenizer": tokenizer, "objectives": objectives})
@@ -265,6 +312,7 @@ FLAGS = {"n_flags": 3, "generative": False}
         (config({}, {}, n_modalities=3), "modalities in a generative model"),
         (config({"gepc": GEPC}, {}, n_modalities=3, generative=False), "context_in_query"),
         (config({"gep": {"kind": "gep", "loss": "ce"}}, {}), "loss='ce'"),
+        (config({"gep": GEP | {"zero_probability": True}, "gepc": GEPC}, {}), "'gep': True, 'gepc': False}: theirs is one switch"),
         (config({"dar": {"kind": "dar", "n_batches": 2, "n_layers": 2}}, {}), "dar with other than 3 layers"),
         (config({"coarse": {"kind": "cls", "n_classes": 2}}, {}), "'coarse' is a second cls"),
         (config({}, {"n_bins": 21}), "n_bins=21"),
@@ -275,6 +323,15 @@ def test_what_theirs_cannot_express(made: ModelFolderConfig, words: str) -> None
     objectives = {name: settings.model_dump() for name, settings in made.objectives.items()}
     with pytest.raises(InputError, match=words):
         to_authors(made.model, made.tokenizer, objectives, {})
+
+
+def test_other_dropout_of_attention_is_told() -> None:
+    made = config({}, {}, generative=False, attention_dropout=0.1)
+    model = ScGPT(made, GeneVocab([f"G{i}" for i in range(9)]).with_specials())
+    said = "dropout 0.2, which acts on attention too; here that is 0.1 (matters in training only)"
+    assert [note for note in to_authors(made.model, made.tokenizer, {}, model.state_dict()).notes if said in note]
+    same = made.model.with_(attention_dropout=0.2)
+    assert not [note for note in to_authors(same, made.tokenizer, {}, model.state_dict()).notes if "dropout" in note]
 
 
 def test_dropping_asked_makes_it_expressible(tmp_path: Path) -> None:

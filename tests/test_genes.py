@@ -143,13 +143,53 @@ def test_several_columns_of_a_gene_are_reported():
     report = match.report()
     assert report.collapsed == {"MARCHF1": ["MARCH1", "MARCHF1"], "TBCE": ["TBCE", "TBCE-1"]}
     assert (report.n_columns, report.n_matched, report.n_genes) == (5, 5, 3)
-    assert any("share a gene with another: 4 (for 2)" in line and "TBCE (TBCE + TBCE-1)" in line for line in report.lines())
+    assert any(
+        "share a gene with another: 4 (for 2); counts are added (logarithms as the counts behind them)" in line
+        and "TBCE (TBCE + TBCE-1)" in line
+        for line in report.lines()
+    )
 
 
 def test_the_name_of_a_place_does_not_join_a_gene_that_is_there():
     # HGNC lists the neighbouring RP11-284N8.3 among the names of KCNA3
     assert found(["KCNA3", "RP11-284N8.3"], MODERN)[0] == ["KCNA3", None]
     assert found(["RP11-284N8.3"], MODERN)[0] == ["KCNA3"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["NAA38", "LSMD1", "LSM8"], ["NAA38", None, "LSM8"]),
+        (["LSMD1", "ENSG00000183011"], [None, "NAA38"]),
+        (["NSUN6", "ARL5B-AS1"], ["NSUN6", None]),
+        (["LINC01059", "CASC7", "GRAMD1B", "AGO2"], [None, None, "GRAMD1B", "AGO2"]),
+        (["GRCh38_NSUN6", "GRCh38_ARL5B-AS1"], ["NSUN6", None]),
+        (["NSUN6_ENSG00000999998", "ARL5B-AS1_ENSG00000999999"], ["NSUN6", None]),
+        (["HNRNPU", "HNRNPU-AS1"], ["HNRNPU", None]),
+        (["ARL5B-AS1"], ["NSUN6"]),
+        (["FAM213A", "PRXL2A"], ["PRXL2A", "PRXL2A"]),  # a former name: the counts belong together
+        (["TBCE", "TBCE.1", "ENSG00000285053"], ["TBCE"] * 3),
+    ],
+)
+def test_an_alias_does_not_bring_counts_into_a_gene_that_is_there(names, expected):
+    match = match_genes(names, CURRENT)
+    assert [CURRENT.tokens[i] if i >= 0 else None for i in match.ids] == expected
+    out = [name for name, token in zip(names, expected, strict=True) if token is None]
+    assert list(match.apart) == out
+    assert set(match.apart.values()) <= set(filter(None, expected))
+    report = match.report()
+    assert (report.n_apart, report.n_unmatched) == (len(out), len(out))
+    assert any("which stay out" in line and out[0] in line for line in report.lines()) == bool(out)
+
+
+def test_two_genes_of_the_table_are_never_one():
+    # a vocabulary whose token holds the symbol of one gene and the Ensembl id of another
+    vocab = GeneVocab(["A1CF_ENSG00000121410", "LSMD1"])
+    assert found(["A1BG", "A1CF"], vocab)[0] == [None, "A1CF_ENSG00000121410"]
+    assert found(["A1BG"], vocab)[0] == ["A1CF_ENSG00000121410"]
+    # a token that is an alias of a gene is not this gene where both have a column
+    assert found(["NAA38", "LSMD1"], vocab)[0] == [None, "LSMD1"]
+    assert found(["NAA38"], vocab)[0] == ["LSMD1"]
 
 
 def test_entrez_numbers_only_when_all_are_clearly_such():
@@ -211,7 +251,24 @@ NAMES = st.lists(
     st.one_of(
         st.sampled_from(CURRENT.genes),
         st.sampled_from(
-            ["MARCH1", "1-Mar", "HLA.A", "TBCE-1", "STRA13", "RP11-284N8.3", "KCNA3", "Actb", "ENSG00000075624.2", "60", "", "nan"]
+            [
+                "MARCH1",
+                "1-Mar",
+                "HLA.A",
+                "TBCE-1",
+                "STRA13",
+                "RP11-284N8.3",
+                "KCNA3",
+                "NSUN6",
+                "ARL5B-AS1",
+                "LSMD1",
+                "NAA38",
+                "Actb",
+                "ENSG00000075624.2",
+                "60",
+                "",
+                "nan",
+            ]
         ),
         st.text(max_size=12),
         st.from_regex(r"(ENSG0000\d{7}|[A-Z]{2,4}\d{1,2}([-.]\d{1,2})?|\d{1,2}-(Mar|Sep|Dec)|LOC\d{1,6})", fullmatch=True),

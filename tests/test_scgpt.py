@@ -149,6 +149,51 @@ def test_everything_wrong_with_the_tensors_in_one_message(folder: Path) -> None:
         assert words in str(caught.value)
 
 
+def change_part(folder: Path, part: str, drop: str = "", **changes: object) -> None:
+    """Change settings of one part of `config.json`."""
+    config = json.loads((folder / "config.json").read_text())
+    config[part] = {name: value for name, value in (config[part] | changes).items() if name != drop}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_missing_settings_are_listed_and_never_assumed(folder: Path) -> None:
+    change_part(folder, "model", drop="project_asked")
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"lacks model.project_asked, tokenizer.n_bins, .*tokenizer.cls_value, "):
+        ScGPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [25, 10_000, 10**13, 10**30])
+@pytest.mark.parametrize("name", ["ff_width", "n_layers"])
+def test_sizes_are_held_against_the_file_before_they_are_built(folder: Path, name: str, size: int) -> None:
+    change_part(folder, "model", **{name: size})
+    with pytest.raises(InputError, match=rf"model.safetensors does not fit:(.|\n)*({name} is {size}|misshaped|missing)"):
+        ScGPT.from_pretrained(folder)
+
+
+def test_sizes_of_heads_are_held_against_the_file(folder: Path) -> None:
+    change_part(folder, "objectives", cls={"kind": "cls", "n_classes": 10**12, "n_layers": 10**9})
+    with pytest.raises(InputError, match=r"objectives.cls.n_classes is 1000000000000, (.|\n)*objectives.cls.n_layers is 1000000000"):
+        ScGPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("network", "label"),
+    [
+        ({"input_norm": "domain", "n_batches": 2}, "batch label for every cell"),
+        ({"batch_context": True, "n_batches": 2}, "batch label for every cell"),
+        ({"n_modalities": 3}, "modality for every gene"),
+    ],
+)
+def test_what_genes_and_values_cannot_feed_is_refused(model: ScGPT, network: dict[str, object], label: str) -> None:
+    model.require_no_batch()
+    config = model.config.with_(model=model.config.model.with_(**network).model_dump(), objectives={})
+    with pytest.raises(InputError, match=f"fine-tuned with a {label}"):
+        ScGPT(config, model.vocab).require_no_batch()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +26,8 @@ MODEL_FILES: Final = ("config.json", "vocab.json", "model.safetensors", "README.
 """What a model folder of ours holds."""
 AUTHORS_FILES: Final = ("args.json", "vocab.json", "best_model.pt")
 """What a checkpoint folder of the authors holds."""
+STAMP: Final = ".verified.json"
+"""File beside a named checkpoint: hash, size and time of change of each file when its hash was last found to be the right one."""
 MODEL_ZOO: Final = "https://github.com/bowang-lab/scGPT#pretrained-scgpt-model-zoo"
 
 
@@ -65,7 +70,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, *, progress: bool = False) -> Path:
-    """Folder of a named checkpoint, downloaded and verified on first use.
+    """Folder of a named checkpoint, downloaded on first use, and verified then and whenever its files have changed.
 
     Files that have arrived whole are not fetched again after an interruption; the folder appears when all are there.
 
@@ -84,6 +89,8 @@ def fetch(name: str, *, progress: bool = False) -> Path:
     folder = cache_folder() / name
     files = tuple(CHECKPOINTS[name].files) if name in CHECKPOINTS else AUTHORS_FILES
     if all((folder / file).is_file() for file in files):
+        if name in CHECKPOINTS:
+            _verify(folder, CHECKPOINTS[name].files)
         return folder
     if name in BY_HAND:
         missing = f"the checkpoint {name} is not on this machine, and annformer knows no verified place to fetch it from"
@@ -100,7 +107,28 @@ def fetch(name: str, *, progress: bool = False) -> Path:
     except OSError:
         if not folder.is_dir():  # else another process was faster
             raise
+    _verify(folder, CHECKPOINTS[name].files)
     return folder
+
+
+def _verify(folder: Path, files: Mapping[str, str]) -> None:
+    """Hash the files, unless the stamp says that these very files were hashed before."""
+    states = {file: (folder / file).stat() for file in files}
+    now = {file: [sha256, states[file].st_size, states[file].st_mtime_ns] for file, sha256 in files.items()}
+    with suppress(OSError, ValueError):  # no stamp, or a damaged one
+        if json.loads((folder / STAMP).read_bytes()) == now:
+            return
+    for file, sha256 in files.items():
+        with (folder / file).open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != sha256:
+            found = f"{folder / file} is not the file that annformer knows: it has SHA-256 {digest}"
+            remedy = f"delete {folder}, and it is fetched again; a file of your own loads from a folder elsewhere, given by its path"
+            raise input_error(found, f"SHA-256 {sha256}", remedy)
+    with suppress(OSError):  # a cache that may only be read is hashed every time
+        fresh = folder / f"{STAMP}.{os.getpid()}"
+        fresh.write_text(json.dumps(now), encoding="utf-8")
+        fresh.replace(folder / STAMP)
 
 
 def _download(url: str, path: Path, sha256: str, *, progress: bool) -> None:
@@ -141,9 +169,21 @@ def fetch_from_hub(repository: str, *, endpoint: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(MODEL_FILES), endpoint=endpoint))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        found = f"{repository!r} is no folder here and cannot be fetched from the Hugging Face Hub: {str(error).splitlines()[0][:200]}"
+        beside, remedy = _beside(Path(name))
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        found = f"{repository!r} is no folder here{beside}; the Hugging Face Hub was tried too, and it cannot be fetched there: {reason}"
         known = f"a model folder, a repository with {', '.join(MODEL_FILES)}, or one of {', '.join([*CHECKPOINTS, *BY_HAND])}"
-        raise input_error(found, known, "check the spelling and the connection") from None
+        raise input_error(found, known, remedy) from None
+
+
+def _beside(path: Path) -> tuple[str, str]:
+    """What stands where the folder `path` was looked for, and what to do when it is on no server either."""
+    if not path.parent.is_dir():
+        return "", "check the spelling and the connection"
+    there = sorted(inner.name for inner in path.parent.iterdir() if inner.is_dir())
+    holds = f" ({path.parent} holds {', '.join(there[:5]) or 'no folder'}{', ...' if len(there) > 5 else ''})"
+    near = [str(path.parent / close) for close in difflib.get_close_matches(path.name, there)]
+    return holds, f"did you mean {', '.join(near)}" if near else "check the path, or the spelling and the connection"
 
 
 def read_authors(folder: Path) -> tuple[dict[str, Any], GeneVocab, dict[str, Tensor]]:
@@ -213,13 +253,14 @@ def write_authors(folder: Path, args: Mapping[str, Any], vocab: GeneVocab, weigh
     write_folder(folder, AUTHORS_FILES, fill)
 
 
-def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, known: Sequence[str], fill: Callable[[Path], None]) -> None:
     """Write a folder whole or not at all: `fill` a new one beside it, flush it to the disk, put it in place.
 
     Parameters
     ----------
     known
-        Files that may be replaced: a folder that holds anything else is left alone.
+        Files that may be replaced: a folder that holds anything else is left alone, and so is one without the first of them, because the
+        others have names that a folder of the user's may hold as well.
     fill
         Writes the files into the folder it is given.
 
@@ -231,7 +272,8 @@ def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], No
     if folder.exists() and not folder.is_dir():
         found = f"{folder} is a file"
         raise input_error(found, "a folder to write to", "give another path")
-    if others := sorted(path.name for path in folder.glob("*") if path.name not in known):
+    there = {path.name for path in folder.glob("*")}
+    if others := sorted(there.difference(known) if known[0] in there else there):
         found = f"{folder} holds {', '.join(others[:5])}, which annformer did not write"
         raise input_error(found, "a new or empty folder, or a model to replace", "give another path")
     fresh = None

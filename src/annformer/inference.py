@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import psutil
@@ -33,8 +34,23 @@ TOKENS_PER_FORWARD = {"cpu": 4_096, "cuda": 262_144}
 """Token budget of one forward by device type. On a CPU small ones stay in the cache (10 % faster than 32,768 at 128 wide); a
 GPU needs large ones to be busy."""
 
+_LONG_ENOUGH = 0.3
+"""Seconds of work that tell how fast it goes; less is mostly what every call costs."""
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@dataclass
+class _Evaluated:
+    """How many use a model in evaluation mode just now, and the modes to give back."""
+
+    n_users: int
+    modes: dict[str, bool]
+
+
+_evaluated: WeakKeyDictionary[torch.nn.Module, _Evaluated] = WeakKeyDictionary()
+_evaluated_lock = Lock()
 
 
 class _Prepared(NamedTuple):
@@ -87,14 +103,21 @@ def encode_cells(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode inside; when the last of those who use the model at once is done, every submodule has the mode it had."""
+    with _evaluated_lock:
+        if model not in _evaluated:
+            _evaluated[model] = _Evaluated(0, {name: module.training for name, module in model.named_modules()})
+            model.eval()
+        _evaluated[model].n_users += 1
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _evaluated_lock:
+            _evaluated[model].n_users -= 1
+            if _evaluated[model].n_users == 0:
+                modes = _evaluated.pop(model).modes
+                for name, module in model.named_modules():
+                    module.training = modes[name]
 
 
 def read_ahead(items: Iterator[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
@@ -237,36 +260,49 @@ def estimate(
     start
         Rows before it are done already.
     n_timed
-        Cells to time: a few seconds' work for the largest published model on one core.
+        Cells to time: a few seconds' work for the largest published model on one core. More of them where they take no time.
     """
     settings = settings or model.tokenizer
     n_cells = source.n_obs - start
-    places = np.linspace(start, max(start, source.n_obs - 32), 4).astype(np.int64)
-    rows = np.unique(places[:, None] + np.arange(min(32, n_cells)))
+    part = CELLS_PER_READ // 4
+    places = np.linspace(start, max(start, source.n_obs - part), 4).astype(np.int64)
+    rows = np.unique(places[:, None] + np.arange(min(part, n_cells)))
+
+    def read(rows: Int[np.ndarray, "cell"]) -> CellBatch:
+        return next(iter(source.batches(len(rows), vocab=model.vocab, rows=rows)))
+
+    _prepare(read(rows[:2]), model, settings)  # the first time opens the file and loads what is compiled
     began = time.perf_counter()
-    cells = next(iter(source.batches(len(rows), vocab=model.vocab, rows=rows)))
-    reading = (time.perf_counter() - began) / len(rows)
-    n_genes = np.diff(cells.counts.indptr)
-    chosen = _spread(cells, n_genes, n_timed)
-    _time(model, _spread(cells, n_genes, 2), settings, max_tokens)  # the first call compiles and fills caches
-    encoding = _time(model, chosen, settings, max_tokens) / len(chosen.rows)
-    lengths = np.minimum(n_genes, settings.max_length - 1) + 1
-    seconds = n_cells * max(reading, encoding)
+    cells = read(rows)
+    _prepare(cells, model, settings)
+    preparing = (time.perf_counter() - began) / len(rows)
+    encoding = _seconds_per_cell(model, cells, settings, max_tokens, n_timed)
+    on_cpu = next(model.parameters()).device.type == "cpu"  # there, reading ahead and the network share the cores
+    seconds = n_cells * (preparing + encoding if on_cpu else max(preparing, encoding))
+    lengths = np.minimum(np.diff(cells.counts.indptr), settings.max_length - 1) + 1
     return Estimate(n_cells, float(lengths.mean()), seconds, _memory(model, n_cells, max_tokens), _hints(model, lengths, seconds))
 
 
-def _spread(cells: CellBatch, n_genes: Int[np.ndarray, "cell"], wanted: int) -> CellBatch:
+def _spread(cells: CellBatch, wanted: int) -> CellBatch:
     """`wanted` cells at evenly spaced ranks of length."""
+    n_genes = np.diff(cells.counts.indptr)
     ranks = ((np.arange(min(wanted, len(n_genes))) + 0.5) * len(n_genes) / min(wanted, len(n_genes))).astype(int)
     picked = np.argsort(n_genes, kind="stable")[ranks]
     return cells._replace(counts=cells.counts[picked], rows=cells.rows[picked], labels={k: v[picked] for k, v in cells.labels.items()})
 
 
-def _time(model: ScGPT, cells: CellBatch, settings: TokenizerSettings, max_tokens: int | None) -> float:
-    began = time.perf_counter()
+def _seconds_per_cell(model: ScGPT, cells: CellBatch, settings: TokenizerSettings, max_tokens: int | None, n_timed: int) -> float:
+    """What the network takes for a cell among many, in forwards side by side as in the whole run."""
     with evaluating(model):
-        _encode(model, _prepare(cells, model, settings), max_tokens, None)
-    return time.perf_counter() - began
+        _encode(model, _prepare(_spread(cells, 2), model, settings), max_tokens, None)  # the first call fills caches
+        while True:
+            chosen = _prepare(_spread(cells, n_timed), model, settings)
+            began = time.perf_counter()
+            _encode(model, chosen, max_tokens, None)
+            seconds = time.perf_counter() - began
+            if seconds > _LONG_ENOUGH or len(chosen.rows) == len(cells.rows):
+                return seconds / len(chosen.rows)
+            n_timed *= 4
 
 
 def _memory(model: ScGPT, n_cells: int, max_tokens: int | None) -> int:
@@ -283,9 +319,9 @@ def _hints(model: ScGPT, lengths: Int[np.ndarray, "cell"], seconds: float) -> tu
         return ()
     half = int(lengths.max()) // 2
     share = np.minimum(lengths, half).sum() / lengths.sum()
-    hints = [f"max_length={half} (fewer genes of the long cells): about {_span(seconds * share)}"]
+    hints = [f"max_length {half} (fewer genes of the long cells): about {_span(seconds * share)}"]
     if next(model.parameters()).device.type == "cpu":
-        hints.append("device='cuda'" if torch.cuda.is_available() else "a GPU (device='cuda')")
+        hints.append("device cuda" if torch.cuda.is_available() else "a GPU (device cuda)")
     config = model.config.model
     hints.append(f"a smaller model (this one is {config.n_layers} layers deep and {config.width} wide)")
     return tuple(hints)

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool
 from numpy import ndarray
 from torch import Tensor
 
+from annformer.kernels import GOLDEN, mix_in_place
 from annformer.tokens import TokenBatch
 
 HIDDEN_VALUE = -1.0
 """What the network reads in the place of a hidden value."""
 
-_ODD_1, _ODD_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_ODD = np.uint64(0xD6E8FEB86659FD93)
 
 
 def hide_values(tokens: TokenBatch, share: float, *, seed: int, step: int = 0) -> TokenBatch:
@@ -74,12 +74,12 @@ def _choose(tokens: TokenBatch, share: float, seed: int, step: int) -> Bool[ndar
     assert 0 <= share <= 1, f"a share of genes lies between 0 and 1, not {share}"
     offsets, gene_ids = tokens.offsets.numpy(), tokens.gene_ids.numpy().view(np.uint64)
     lengths, first = np.diff(offsets), offsets[:-1]
-    content = gene_ids * _ODD_1 + tokens.values.numpy().view(np.uint32) * _ODD_2
-    _mix(content)
+    content = gene_ids * GOLDEN + tokens.values.numpy().view(np.uint32) * _ODD
+    mix_in_place(content)
     keys = np.add.reduceat(content, first) + _run_key(seed, step)
-    _mix(keys)
-    hashes = gene_ids * _ODD_1 + np.repeat(keys, lengths)
-    _mix(hashes)
+    mix_in_place(keys)
+    hashes = gene_ids * GOLDEN + np.repeat(keys, lengths)
+    mix_in_place(hashes)
     # the cell's number in the highest bits lets one sort order the genes within each cell; all-one bits keep <cls> behind its genes
     cell_bits = np.uint64(len(first).bit_length())
     hashes >>= cell_bits
@@ -91,16 +91,8 @@ def _choose(tokens: TokenBatch, share: float, seed: int, step: int) -> Bool[ndar
 
 
 def _run_key(seed: int, step: int) -> np.uint64:
-    key = np.array([seed], np.uint64) + _ODD_2
-    _mix(key)
+    key = np.array([seed], np.uint64) + _ODD
+    mix_in_place(key)
     key += np.uint64(step)
-    _mix(key)
+    mix_in_place(key)
     return key[0]
-
-
-def _mix(x: UInt64[ndarray, "..."]) -> None:
-    """Finaliser of splitmix64, in place: a bijection in which every bit of x reaches every bit of the result."""
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        x ^= x >> np.uint64(shift)
-        x *= factor
-    x ^= x >> np.uint64(31)

@@ -30,6 +30,8 @@ from annformer.vocab import GeneVocab
 
 FORMAT = 1
 """Number of the format of `config.json` and of the names in `model.safetensors`."""
+HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
+"""Form of a repository's name on the Hugging Face Hub, with or without a revision."""
 
 
 class ModelFolderConfig(Config):
@@ -84,7 +86,7 @@ class ScGPT(nn.Module):
         InputError
             When there is no such model, or with every tensor that is missing, unexpected, misshaped or not finite.
         """
-        folder = _locate(source)
+        folder = locate(source)
         read = _read_ours if (folder / "config.json").is_file() else _read_authors
         config, vocab, weights = read(folder, drop)
         with _Uninitialised():
@@ -159,6 +161,15 @@ class ScGPT(nn.Module):
         encoded: Encoded = self.encoder(tokens, wanted)
         return encoded
 
+    def require_no_batch(self) -> None:
+        """Raise InputError when the network reads more than genes and values: a batch label of each cell, a modality of each gene."""
+        config = self.config.model
+        labels = ["batch label for every cell"] if config.input_norm == "domain" or config.batch_context else []
+        labels += ["modality for every gene"] if config.n_modalities else []
+        if labels:
+            found = f"the model {self.name} was fine-tuned with a {' and a '.join(labels)}"
+            raise input_error(found, "a model that reads genes and values only", "embed with the pretrained model it was made from")
+
     def losses(self, tokens: TokenBatch) -> dict[str, Loss]:
         """Losses of all objectives by name, unweighted; each objective has its own `weight`."""
         wanted: Wanted = "cell" if tokens.targets is None else "targets"
@@ -214,7 +225,32 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _locate(source: str | Path) -> Path:
+class _ShapesOnly(_Uninitialised):
+    """Tensors built inside have a shape and next to no memory: the settings of a damaged folder may ask for more than there is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn):
+            shape = args if isinstance(args[0], int) else args[0]
+            return torch.zeros((), dtype=(kwargs or {}).get("dtype")).expand(shape)
+        if func in (Tensor.zero_, Tensor.fill_):  # would go through all the places that share the memory
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def is_checkpoint_name(source: str | Path) -> bool:
+    """Whether `source`, when there is no such path, can be fetched: the name of a checkpoint, or has the form "org/repository"."""
+    named = str(source) in checkpoints.CHECKPOINTS or str(source) in checkpoints.BY_HAND
+    return named or (isinstance(source, str) and re.fullmatch(HUB_NAME, source) is not None)
+
+
+def locate(source: str | Path) -> Path:
+    """Find the folder of a model that `ScGPT.from_pretrained` takes, fetching it when it is a name.
+
+    Raises
+    ------
+    InputError
+        When there is no such model.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -224,7 +260,7 @@ def _locate(source: str | Path) -> Path:
         raise input_error(found, "the folder of a model", "give the folder that holds config.json, or args.json")
     if name in checkpoints.CHECKPOINTS or name in checkpoints.BY_HAND:
         return checkpoints.fetch(name, progress=True)
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name):
+    if is_checkpoint_name(source):
         return checkpoints.fetch_from_hub(name)
     known = [*checkpoints.CHECKPOINTS, *checkpoints.BY_HAND]
     near = difflib.get_close_matches(name, known)
@@ -256,31 +292,62 @@ def _read_ours(folder: Path, drop: Collection[str]) -> _Read:
     refuse_unknown(drop, config.objectives, "head")
     kept = config.with_(objectives={name: settings.model_dump() for name, settings in config.objectives.items() if name not in drop})
     vocab = GeneVocab.from_json(folder / "vocab.json")
-    with _Uninitialised():
-        expected = dict(ScGPT(config, vocab).state_dict())
-    weights = _read_safetensors(folder / "model.safetensors", expected)
+    path = folder / "model.safetensors"
+    weights = _read_safetensors(path)
+    _require_room(path, config, len(weights))
+    with _ShapesOnly():
+        expected = ScGPT(config, vocab).state_dict()
+    _require_fit(path, weights, expected)
     dropped = tuple(f"objectives.{name}." for name in drop)
     return kept, vocab, {key: tensor for key, tensor in weights.items() if not key.startswith(dropped)} if dropped else weights
 
 
 def read_config(folder: Path) -> ModelFolderConfig:
-    """Read `config.json` of a model folder of ours."""
+    """Read `config.json` of a model folder of ours, in which no setting of network and tokenizer may be missing: a default may be wrong.
+
+    Raises
+    ------
+    InputError
+        When it has another format, or with every setting that is missing, unknown or out of range.
+    """
     path = folder / "config.json"
     fields = checkpoints.read_json(path)
     if (number := fields.get("format")) != FORMAT:
         found = f"{path} has format {number!r}"
         remedy = "install the newer annformer that wrote it" if isinstance(number, int) and number > FORMAT else "give a model of annformer"
         raise input_error(found, f"format {FORMAT}", remedy)
-    return ModelFolderConfig.read(fields, where=str(path))
+    config = ModelFolderConfig.read(fields, where=str(path))
+    parts: tuple[tuple[str, type[Config]], ...] = (("model", ModelConfig), ("tokenizer", TokenizerSettings))
+    if missing := [f"{part}.{name}" for part, settings in parts for name in settings.model_fields if name not in fields.get(part, {})]:
+        found = f"{path} lacks {', '.join(missing)}"
+        raise input_error(found, "every setting of model and tokenizer, as save_pretrained writes them", "use the file as it was written")
+    return config
 
 
-def _read_safetensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            weights: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no iterator
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no iterator
     except (SafetensorError, OSError) as error:
         found = f"{path} cannot be read: {error}"
         raise input_error(found, "a safetensors file, complete", "copy or save the model again") from None
+
+
+def _require_room(path: Path, config: ModelFolderConfig, n_tensors: int) -> None:
+    """Refuse sizes that no tensor in the file can have, before anything of that size is built."""
+    sizes = {"model": config.model.model_dump()} | {f"objectives.{name}": o.model_dump() for name, o in config.objectives.items()}
+    room = path.stat().st_size
+    problems = [
+        f"{where}.{name} is {size}, with {n_tensors} tensors of {room} bytes in all"
+        for where, fields in sizes.items()
+        for name, size in fields.items()
+        if isinstance(size, int) and size > (n_tensors if name == "n_layers" else room)
+    ]
+    if problems:
+        raise tensor_error(str(path), problems, "the tensors that config.json describes, complete")
+
+
+def _require_fit(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     problems = [f"missing: {key}" for key in expected if key not in weights]
     problems += [f"unexpected: {key} {tuple(tensor.shape)}" for key, tensor in weights.items() if key not in expected]
     for key in sorted(expected.keys() & weights.keys()):
@@ -291,4 +358,3 @@ def _read_safetensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, T
             problems.append(f"not finite: {key}")
     if problems:
         raise tensor_error(str(path), problems, "the tensors that config.json describes, complete")
-    return weights

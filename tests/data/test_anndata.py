@@ -42,6 +42,20 @@ def test_columns_of_one_gene_are_added(tiny_adata, tiny_vocab: GeneVocab) -> Non
     assert source.match(tiny_vocab).report().collapsed["CD74"]
 
 
+def test_log_values_of_one_gene_are_added_as_counts(tiny_adata, tiny_vocab: GeneVocab) -> None:
+    adata = tiny_adata()
+    first, second = (list(adata.var_names).index(gene) for gene in ("CD74", "LYZ"))
+    counts = adata.X.toarray() * 3.7
+    names = adata.var_names.to_numpy().copy()
+    names[second] = "cd74"
+    source = AnnDataSource(ad.AnnData(sp.csr_matrix(np.log1p(counts)), obs=adata.obs, var=pd.DataFrame(index=names)))
+    assert source.counts.kind == "log-normalised"
+    assert "added before the logarithm" in source.counts.note
+    batch = read(source, tiny_vocab, 60)[0]
+    place = list(batch.gene_ids).index(tiny_vocab["CD74"])
+    np.testing.assert_allclose(batch.counts.toarray()[:, place], np.log1p(counts[:, first] + counts[:, second]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_rows_and_start(on_disk: bool, tiny_adata, tiny_vocab: GeneVocab, tmp_path: Path) -> None:
     adata = tiny_adata()

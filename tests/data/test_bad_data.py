@@ -109,6 +109,15 @@ def test_mtx_that_does_not_fit_its_tables(refused, tmp_path: Path) -> None:
     assert "seems damaged" in refused(tmp_path)
 
 
+def test_mtx_file_without_its_tables(refused, tmp_path: Path) -> None:
+    (tmp_path / "features.tsv").write_text("X1\tACTB\n")
+    (tmp_path / "barcodes.tsv").write_text("c1\n")
+    for name in ("GSM1_matrix.mtx", "cells.mtx"):
+        (tmp_path / name).write_text("%%MatrixMarket matrix coordinate integer general\n1 1 1\n1 1 5\n")
+    assert "there is no GSM1_features.tsv.gz or GSM1_features.tsv or GSM1_genes" in refused(tmp_path / "GSM1_matrix.mtx")
+    assert "a name that ends in matrix.mtx" in refused(tmp_path / "cells.mtx")
+
+
 def test_other_types(refused) -> None:
     assert "data of type ndarray" in refused(np.ones((2, 2)))
 
@@ -171,6 +180,14 @@ def test_missing_zarr_chunk(refused, tiny_adata, tmp_path: Path) -> None:
     assert "chunks of /X/data are missing" in refused(store)
     shutil.rmtree(store / "X/data")
     assert "are missing" in refused(store)
+
+
+def test_missing_zarr_chunk_of_column_numbers(refused, tiny_adata, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="zarr"):
+        tiny_adata().write_zarr(tmp_path / "cells.zarr")
+    chunk = next(file for file in (tmp_path / "cells.zarr/X/indices").rglob("*") if file.is_file() and not file.name.startswith("."))
+    chunk.unlink()
+    assert "chunks of /X/indices are missing" in refused(tmp_path / "cells.zarr")
 
 
 @pytest.mark.parametrize(("shape", "said"), [((0, 5), "has no cells"), ((5, 0), "has no genes")])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from annformer.data.collapse import Collapsed, Rows, collapse, content_hashes
@@ -57,6 +57,39 @@ def test_sums_of_float32_are_exact() -> None:
     assert collapse(rows, slots, 1).data.tolist() == [2.0**24 + 1]
     rows = Rows(np.array([0, 3]), np.array([0, 1, 1]), np.array([2.0**24, 1.0, 1.0], "f4"))
     assert collapse(rows, slots, 1).data.tolist() == [2.0**24 + 2]  # float32 would have lost both
+
+
+@given(
+    cells=st.lists(st.lists(st.floats(0, 1e6, exclude_min=True), min_size=5, max_size=5), min_size=1, max_size=4),
+    order=st.permutations(range(5)),
+    logarithms=st.booleans(),
+    dtype=st.sampled_from(["f4", "f8"]),
+)
+@example(cells=[[0.1, 0.2, 0.3, 1.0, 1.0]], order=[2, 1, 0, 3, 4], logarithms=False, dtype="f8")
+def test_sums_of_fractions_do_not_depend_on_the_order_of_columns(
+    cells: list[list[float]], order: list[int], logarithms: bool, dtype: str
+) -> None:
+    data = (np.log1p(cells) if logarithms else np.array(cells)).astype(dtype)
+    slots = np.array([0, 0, 0, 1, 1], dtype=np.int32)
+    indptr, indices = np.arange(len(cells) + 1) * 5, np.tile(np.arange(5), len(cells))
+    one = collapse(Rows(indptr, indices, data.ravel()), slots, 2, logarithms=logarithms)
+    other = collapse(Rows(indptr, indices, data[:, order].ravel()), slots[order], 2, logarithms=logarithms)
+    np.testing.assert_array_equal(dense(one, 2), dense(other, 2))
+    assert one.data.dtype == other.data.dtype
+    np.testing.assert_array_equal(content_hashes(one), content_hashes(other))
+
+
+def test_of_logarithms_the_counts_behind_them_are_added() -> None:
+    counts = np.array([[3.0, 4.0, 2.0], [0.0, 5.0, 0.0]])
+    rows = sp.csr_array(np.log1p(counts))
+    slots = np.array([0, 0, 1], dtype=np.int32)
+    both = [
+        collapse(Rows(rows.indptr, rows.indices, rows.data.astype(dtype)), slots, 2, logarithms=True) for dtype in (np.float32, np.float64)
+    ]
+    for cells in both:
+        np.testing.assert_allclose(dense(cells, 2), np.log1p([[7, 2], [5, 0]]), rtol=1e-6)
+    assert both[0].data.dtype == np.float32
+    assert both[1].data[-1] == np.log1p(5.0)  # a value that stands alone is left as it is
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])

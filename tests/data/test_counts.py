@@ -71,6 +71,33 @@ def test_counts_are_looked_for_in_order(adata: ad.AnnData, layer: str | None, wh
     assert (choice.where, choice.kind) == (where, kind)
 
 
+EMPTY = np.zeros((4, 3), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("adata", "where", "kind"),
+    [
+        (made(COUNTS, counts=EMPTY), "X", "counts"),
+        (made(LOGGED, counts=EMPTY), "X", "log-normalised"),
+        (made(EMPTY, raw=LOGGED), ".raw.X", "log-normalised"),
+    ],
+)
+def test_an_empty_matrix_is_passed_over(adata: ad.AnnData, where: str, kind: str) -> None:
+    choice = AnnDataSource(adata).counts
+    assert (choice.where, choice.kind) == (where, kind)
+    assert "has only zeros in the cells looked at" in choice.note
+
+
+def test_an_empty_matrix_is_taken_where_there_is_no_other() -> None:
+    assert AnnDataSource(made(EMPTY, counts=SCALED)).counts.where == "X"
+    assert AnnDataSource(made(COUNTS, counts=EMPTY), layer="counts").counts.note == "only zeros in the cells looked at"
+
+
+@pytest.mark.parametrize("values", [np.log1p(counts_like()), counts_like() * 123.4, counts_like() / 100])
+def test_notes_speak_of_values_not_of_what_becomes_of_them(values: np.ndarray) -> None:
+    assert "as good as counts for value bins" in look(values).note
+
+
 def test_choice_is_logged_and_says_what_was_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="annformer"):
         choice = AnnDataSource(made(SCALED, raw=LOGGED)).counts

@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
+import zarr
 
 from annformer.data import AnnDataSource, CellSource
 from annformer.data import readers as readers_module
+from annformer.errors import AnnformerWarning, InputError
 from annformer.vocab import GeneVocab
 
 Make = Callable[[ad.AnnData, Path], ad.AnnData | Path]
@@ -209,6 +211,7 @@ MAKERS: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("form", MAKERS)
+@pytest.mark.filterwarnings("ignore:the cells of a view of a backed:annformer.errors.AnnformerWarning")
 def test_every_format_gives_the_same_batches(form: str, tiny_adata, tiny_vocab: GeneVocab, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(readers_module, "BLOCK_VALUES", 2_000)  # several blocks even for so few cells
     adata = tiny_adata(n_obs=53)
@@ -266,7 +269,52 @@ def test_csc_on_disk_leaves_no_temporary_files(tiny_adata, tiny_vocab: GeneVocab
     source = AnnDataSource(h5ad(csc(tiny_adata()), tmp_path))
     batches = source.batches(10, vocab=tiny_vocab)
     next(batches)
-    assert any(scratch.iterdir())
-    source.close()
-    del batches, source
-    assert not any(scratch.iterdir())
+    assert not any(scratch.iterdir())  # not even while they are in use, so that a kill leaves nothing either
+
+
+def test_zarr_without_its_chunks_of_zeros(tiny_adata, tiny_vocab: GeneVocab, tmp_path: Path) -> None:
+    adata = tiny_adata()
+    x = adata.X.toarray()
+    x[:, 1:] = 0  # every column number is 0, so that the writer leaves out all of them
+    x[:, 0] = np.arange(60) % 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        path = zarr_store(with_x(adata, sp.csr_matrix(x)), tmp_path)
+    assert not [file for file in (path / "X/indices").rglob("*") if file.is_file() and not file.name.startswith((".", "zarr"))]
+    with AnnDataSource(path) as source:
+        batch = next(source.batches(60, vocab=tiny_vocab))
+    np.testing.assert_array_equal(batch.counts.toarray().sum(axis=1), x[:, 0])
+
+
+@pytest.mark.parametrize(("indptr", "fine"), [([0, 1, 2, 4, 6], True), ([0, 2, 2, 4, 6], False), ([0, 1, 1, 4, 6], True)])
+def test_a_missing_chunk_is_zeros_only_where_zeros_can_be(indptr: list[int], fine: bool) -> None:
+    group = zarr.group({})
+    group.attrs.update({"encoding-type": "csr_matrix", "shape": [4, 4]})
+    for name, values in (("data", [1, 2, 3, 4, 5, 6]), ("indices", [0, 0, 1, 2, 0, 3]), ("indptr", indptr)):
+        group.create_array(name, shape=(len(values),), chunks=(2,), dtype="i4")[:] = np.array(values, "i4")
+    assert group["indices"].nchunks_initialized == 2
+    if fine:
+        np.testing.assert_array_equal(readers_module.reader_of(group).read(0, 4).indices, [0, 0, 1, 2, 0, 3])
+    else:
+        with pytest.raises(InputError, match="chunks of /indices are missing"):
+            readers_module.reader_of(group)
+
+
+def test_an_mtx_file_is_read_itself(tiny_adata, tiny_vocab: GeneVocab, tmp_path: Path) -> None:
+    for prefix, n_obs in (("GSM1_a_", 20), ("GSM2_b_", 30)):
+        (tmp_path / prefix).mkdir()
+        folder = mtx_v3(tiny_adata(n_obs=n_obs), tmp_path / prefix)
+        for file in folder.iterdir():
+            file.rename(tmp_path / (prefix + file.name))
+    for prefix, n_obs in (("GSM1_a_", 20), ("GSM2_b_", 30)):
+        with AnnDataSource(tmp_path / f"{prefix}matrix.mtx.gz") as source:
+            np.testing.assert_array_equal(
+                next(source.batches(50, vocab=tiny_vocab)).counts.sum(),
+                next(AnnDataSource(tiny_adata(n_obs=n_obs)).batches(50, vocab=tiny_vocab)).counts.sum(),
+            )
+            assert source.n_obs == n_obs
+
+
+def test_a_view_of_a_backed_anndata_is_a_warning(tiny_adata, tmp_path: Path) -> None:
+    with pytest.warns(AnnformerWarning, match="read into memory whole"):
+        AnnDataSource(backed_view(tiny_adata(), tmp_path))

@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 import annformer as af
 from annformer import inference
+from annformer.cli._messages import explain
+from annformer.data import write
 from annformer.tasks import _output, embedding
 
 KEY = "X_annformer"
@@ -202,6 +207,60 @@ def test_progress_goes_to_stderr_by_choice(tiny_adata, tiny_model, capsys):
     assert "60/60" in err
 
 
+def test_what_cannot_be_written_into_is_refused_before_any_work(tiny_adata, tiny_model, path_in, monkeypatch):
+    monkeypatch.setattr(embedding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
+    backed = anndata.read_h5ad(path_in, backed="r")
+    for options in ({"adata": backed[:10]}, {"adata": backed[:10], "copy": True}, {"adata": backed, "copy": True}):
+        with pytest.raises(af.InputError, match=r"to_memory\(\), or use embed_file"):
+            af.embed(model=tiny_model, **options)
+    with pytest.raises(af.InputError, match="embed_file"):
+        af.embed(path_in, tiny_model)
+    foreign = tiny_adata()
+    foreign.uns["annformer"] = "my own note"
+    with pytest.raises(af.InputError, match="not a mapping"):
+        af.embed(foreign, tiny_model)
+    assert foreign.uns["annformer"] == "my own note"
+    assert not foreign.obsm
+
+
+def test_a_view_becomes_its_own_object_without_a_word(tiny_adata, tiny_model):
+    whole = tiny_adata()
+    view = whole[10:20]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        af.embed(view, tiny_model)
+    assert not view.is_view
+    assert view.obsm[KEY].shape == (10, 32)
+    assert KEY not in whole.obsm
+    assert "annformer" not in whole.uns
+
+
+def test_nothing_is_half_written_when_writing_fails(tiny_adata, tiny_model, monkeypatch):
+    adata = tiny_adata()
+    monkeypatch.setattr(embedding, "_record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        af.embed(adata, tiny_model)
+    assert not adata.obsm
+
+
+def test_few_known_genes_are_a_warning(tiny_adata, tiny_model):
+    adata = tiny_adata()
+    adata.var_names = [name if number % 3 == 0 else f"locus{number}" for number, name in enumerate(adata.var_names)]
+    with pytest.warns(af.AnnformerWarning, match=r"only 3\d% of the columns \(\d+\) are genes") as caught:
+        af.embed(adata, tiny_model)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(("change", "warned"), [(np.log1p, False), (lambda x: x * 1000.5, True), (lambda x: x / x.max(), True)])
+def test_values_that_are_not_counts_are_a_warning(tiny_adata, tiny_model, change, warned):
+    adata = tiny_adata()
+    adata.X = sp.csr_matrix(change(adata.X.toarray()).astype(np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        af.embed(adata, tiny_model)
+    assert [str(warning.message).count("X is normalised, not counts: ") for warning in caught] == [1] * warned
+
+
 # from file to file
 
 
@@ -303,6 +362,37 @@ def test_existing_output_is_replaced_only_by_choice(path_in, tiny_model, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad", "out.zarr"]
 
 
+def test_only_files_and_stores_are_replaced(path_in, tiny_model, tmp_path):
+    for name in ("out.h5ad", "out.zarr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
+        with pytest.raises(af.InputError, match="folder and not a zarr store"):
+            embed_file(path_in, tmp_path / name, tiny_model, overwrite=True)
+        assert (tmp_path / name / "thesis.tex").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_output_that_holds_the_input_is_refused(tiny_adata, path_in, tiny_model, tmp_path):
+    tiny_adata().write_zarr(tmp_path / "out.zarr")
+    inside = path_in.rename(tmp_path / "out.zarr" / "in.h5ad")
+    with pytest.raises(af.InputError, match="lies inside the output"):
+        embed_file(inside, tmp_path / "out.zarr", tiny_model, overwrite=True)
+    assert inside.exists()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("foreign", ["my own note", np.arange(3), pd.DataFrame({"a": [1]})])
+def test_a_foreign_record_is_found_before_any_work(tiny_adata, tiny_model, tmp_path, monkeypatch, suffix, foreign):
+    adata, path = tiny_adata(), tmp_path / f"in{suffix}"
+    adata.uns["annformer"] = foreign
+    (adata.write_h5ad if suffix == ".h5ad" else adata.write_zarr)(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
+        with pytest.raises(af.InputError, match="not a mapping"):
+            embed_file(path, tmp_path / f"out{suffix}", tiny_model)
+    embed_file(path, tmp_path / f"out{suffix}", tiny_model, content="embedding")
+
+
 def test_an_embedding_of_that_name_is_replaced(path_in, tiny_model, tmp_path):
     embed_file(path_in, tmp_path / "out.h5ad", tiny_model, max_length=30)
     embed_file(tmp_path / "out.h5ad", tmp_path / "out2.h5ad", tiny_model)
@@ -376,6 +466,53 @@ def test_full_disk_is_one_clear_error(tiny_adata, tiny_model, tmp_path, suffix, 
         assert {path.name for path in left.iterdir()} == {"rows.npy", "journal.json"}
 
 
+@contextmanager
+def files_up_to(n_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_after_a_refusal_hdf5_finds_again_what_it_wrote(tmp_path):
+    """Else it takes what happens to be in its memory for the structure of the file."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["old"] = np.arange(1_000)
+    size = path.stat().st_size
+    beyond, across = bytearray(b"?" * 40), bytearray(210)
+    with files_up_to(size + 100), pytest.raises(OSError, match="File too large"), write._FullDiskGuard(path, "r+") as guard:
+        guard.seek(size - 50)
+        guard.write(bytes(range(200)))
+        guard.seek(size + 5_000)
+        guard.write(b"in the next page")
+        guard.seek(size + 4_990)
+        guard.readinto(beyond)
+        guard.seek(size - 50)
+        guard.readinto(across)
+        guard.seek(1 << 30)
+        guard.write(bytes(write._LARGE))
+    assert beyond == bytes(10) + b"in the next page" + bytes(14)
+    assert across == bytes(range(200)) + bytes(10)
+    assert len(guard._kept) <= 4  # data are not kept
+
+
+@pytest.mark.parametrize("room", [0, 3_000, 20_000])
+def test_hdf5_goes_on_in_peace_on_a_full_disk(tmp_path, room):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["old"] = np.arange(1_000)
+    found = []
+    with files_up_to(path.stat().st_size + room), pytest.raises(OSError, match="File too large"), write._opened(path, "r+") as file:
+        for number in range(300):
+            file.create_group(f"group{number}")["text"] = [f"{number} and more"] * 20
+        file.flush()
+        found = [str(file[f"group{number}/text"].asstr()[7]) for number in range(300)]
+    assert found == [f"{number} and more" for number in range(300)]
+
+
 # going on
 
 
@@ -418,6 +555,33 @@ def test_a_run_stopped_while_writing_needs_no_second_embedding(path_in, tiny_mod
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", f"out{suffix}"]
 
 
+def test_refused_empty_cells_do_not_cost_the_work(rich_adata, tiny_model, tmp_path, caplog):
+    rich_adata.X = rich_adata.layers["counts"].tocsr()
+    counts = rich_adata.X.tolil()
+    counts[5] = rich_adata.layers["dense"][6]  # the other empty cell comes late
+    for layer in list(rich_adata.layers):
+        del rich_adata.layers[layer]
+    rich_adata.X = counts.tocsr()
+    rich_adata.write_h5ad(tmp_path / "in.h5ad")
+    with pytest.raises(af.InputError, match=r"\(cell40\)(.|\n)*--empty(.|\n)*--resume"):
+        embed_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", tiny_model, empty="error")
+    assert "40 of 60 cells are done and kept" in caplog.text
+    with pytest.warns(af.AnnformerWarning, match="cell40"):
+        embed_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", tiny_model, resume=True)
+    assert np.isnan(anndata.read_h5ad(tmp_path / "out.h5ad").obsm[KEY][:, 0]).sum() == 1
+
+
+def test_empty_cells_that_an_earlier_run_allowed_are_refused(rich_adata, tiny_model, tmp_path, monkeypatch):
+    rich_adata.write_h5ad(tmp_path / "in.h5ad")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(StoppedError):
+            embed_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", tiny_model)
+    with pytest.raises(af.InputError, match=r"\(cell5, cell40\)"):
+        embed_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", tiny_model, empty="error", resume=True)
+    assert (tmp_path / "out.h5ad.partial" / "journal.json").exists()
+
+
 def test_second_run_on_the_same_output_is_refused(path_in, tiny_model, tmp_path, monkeypatch):
     whole = embedding.encode_cells
 
@@ -438,10 +602,12 @@ def test_ctrl_c_before_any_work_leaves_nothing(path_in, tiny_model, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
 
 
-def test_ctrl_c_keeps_the_work_done(path_in, tiny_model, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_work_done_and_says_how_to_go_on(path_in, tiny_model, tmp_path, monkeypatch, caplog):
     stop_after(monkeypatch, 3, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
+    assert "are done and kept" in caplog.text
+    assert "--resume where a line above says that the work done is kept" in str(explain(caught.value))
     assert json.loads((tmp_path / "out.h5ad.partial" / "journal.json").read_text())["done"] == 24
 
 
@@ -471,8 +637,11 @@ def test_resume_refuses_another_job_and_says_what_differs(interrupted, path_in, 
     assert (interrupted.with_name("out.h5ad.partial") / "journal.json").exists()  # a slip does not cost the work
 
 
-def test_without_resume_the_work_is_discarded_with_a_note(interrupted, path_in, tiny_model, caplog):
-    embed_file(path_in, interrupted, tiny_model)
+def test_without_resume_the_work_is_discarded_by_choice_only(interrupted, path_in, tiny_model, caplog):
+    with pytest.raises(af.InputError, match=r"32 of 60 cells(.|\n)*--resume(.|\n)*--overwrite"):
+        embed_file(path_in, interrupted, tiny_model)
+    assert (interrupted.with_name("out.h5ad.partial") / "journal.json").exists()
+    embed_file(path_in, interrupted, tiny_model, overwrite=True)
     assert "discarding" in caplog.text
     assert interrupted.exists()
     assert not interrupted.with_name("out.h5ad.partial").exists()
@@ -488,6 +657,7 @@ def test_damaged_journal_is_refused(interrupted, path_in, tiny_model):
     (interrupted.with_name("out.h5ad.partial") / "journal.json").write_text("{")
     with pytest.raises(af.InputError, match="journal"):
         embed_file(path_in, interrupted, tiny_model, resume=True)
+    embed_file(path_in, interrupted, tiny_model)  # nothing is lost
 
 
 def test_resume_without_earlier_work_just_runs(path_in, tiny_model, tmp_path):

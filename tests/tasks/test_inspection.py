@@ -8,6 +8,7 @@ from scipy.sparse import csr_matrix
 
 from annformer.cli import main
 from annformer.errors import InputError
+from annformer.scgpt import ScGPT
 from annformer.tasks.inspection import inspect
 
 
@@ -129,6 +130,57 @@ def test_a_model_folder(tiny_model, tmp_path):
     assert facts["network"]["width"] == 32
     tiny_model.save_for_authors(tmp_path / "theirs", drop=["asked"])
     assert inspect(tmp_path / "theirs").facts["model"]["format"] == "the authors' folder"
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """Folder of a checkpoint of the authors that a person put into the cache."""
+    monkeypatch.setenv("ANNFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache/checkpoints/scgpt-blood"
+
+
+def test_a_named_checkpoint(tiny_model, named):
+    with pytest.raises(InputError, match="scgpt-blood is not on this machine"):
+        inspect("scgpt-blood")
+    tiny_model.save_for_authors(named, drop=["asked"])
+    inspection = inspect("scgpt-blood")
+    assert (inspection.source, inspection.what) == ("scgpt-blood", "model")
+    assert inspection.facts["model"]["format"] == "the authors' folder"
+    assert inspection.facts["model"]["size_bytes"] == sum(path.stat().st_size for path in named.iterdir())
+
+
+def test_a_model_on_the_hub(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model.save_pretrained(tmp_path / "fetched")
+    asked = []
+    monkeypatch.setattr("annformer.checkpoints.fetch_from_hub", lambda name: (asked.append(name), tmp_path / "fetched")[1])
+    assert inspect("some/model-v1.5").facts["vocabulary"]["genes"] == 300
+    assert asked == ["some/model-v1.5"]
+    with pytest.raises(InputError, match=r"does not exist|no such"):
+        inspect("some/cells.h5ad")
+    assert asked == ["some/model-v1.5"]
+
+
+def test_of_two_formats_in_a_folder_it_is_the_one_that_is_loaded(tiny_model, tmp_path):
+    tiny_model.save_for_authors(tmp_path / "model", drop=["asked"])
+    tiny_model.save_pretrained(tmp_path / "ours")
+    for path in (tmp_path / "ours").iterdir():
+        path.rename(tmp_path / "model" / path.name)
+    facts = inspect(tmp_path / "model").facts
+    assert facts["network"]["generative"]
+    assert facts["model"]["format"] == "annformer, format 1"
+
+
+def test_a_model_that_needs_a_batch_stops_an_embedding(cells, tiny_model, tmp_path):
+    network = tiny_model.config.model.with_(input_norm="domain", n_batches=2)
+    model = ScGPT(tiny_model.config.with_(model=network.model_dump()), tiny_model.vocab)
+    inspection = inspect(cells, model=model)
+    assert "batch label for every cell" in stops(inspection)
+    assert "embedding" not in inspection.facts
+    assert inspection.facts["cells"]["known genes per cell"]["largest"] > 0
+    model.save_pretrained(tmp_path / "model")
+    assert not inspect(tmp_path / "model").works
 
 
 def test_lines_and_json_say_the_same(cells, tmp_path, capsys):

@@ -26,8 +26,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        found, expected, remedy = "stopped by Ctrl-C; no output was left half written", "to run to the end", "run it again"
-        return str(input_error(found, expected, remedy))
+        remedy = "run it again, with --resume where a line above says that the work done is kept"
+        return str(input_error("stopped by Ctrl-C; no output was left half written", "to run to the end", remedy))
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         extra = f"annformer[{EXTRAS[error.name]}]"
         return str(input_error(f"the package {error.name} is not installed", f"the extra {extra}", f"pip install '{extra}'"))

@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Embed every cell of FILE and write a copy of FILE that holds the embeddings.
 
-    Memory does not grow with the number of cells. The output appears whole or not at all; the work of a run that was stopped is kept
-    beside it, and --resume goes on with it.
+    Memory hardly grows with the number of cells: by their names and labels. The output appears whole or not at all; the work of a run
+    that was stopped is kept beside it, and --resume goes on with it.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def command(
     resume
         Go on with the work of a run that was stopped.
     overwrite
-        Replace OUT if it exists.
+        Replace OUT if it exists, and discard the work of a run that was stopped unless --resume is given.
     """
     from annformer.genes import read_orthologs
     from annformer.tasks.embedding import embed_file

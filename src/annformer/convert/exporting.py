@@ -59,6 +59,9 @@ def to_authors(
     notes = [f"{name} has no weights: it is not part of their checkpoint" for name in heads if name not in HEADS]
     if "gep" not in heads and "affine" not in heads:
         notes.append("without an expression head their loader leaves `decoder` at random")
+    if model.attention_dropout != model.dropout:
+        rates = f"dropout {model.dropout:g}, which acts on attention too; here that is {model.attention_dropout:g}"
+        notes.append(f"their code has one {rates} (matters in training only)")
     args = _args(model, tokenizer, heads, generative=generative)
     return Authors(args, _export(model, heads, weights, spelling, generative=generative), notes)
 
@@ -68,6 +71,7 @@ def _inexpressible(
 ) -> list[str]:
     flags, modality = model.n_flags > 0, model.n_modalities > 0
     gep, gepc, dar = heads.get("gep", {}), heads.get("gepc", {}), heads.get("dar", {})
+    zero = {name: heads[name]["zero_probability"] for name in ("gep", "gepc", "affine") if name in heads}
     checks = {
         "dose: they have no dose": model.dose,
         "project_asked=True: their asked tokens do not pass through out_proj, so predictions would differ (drop `asked` to embed only)": (
@@ -85,6 +89,7 @@ def _inexpressible(
         and model.has_context
         and gepc["context_in_query"] != modality,
         "gep with loss='ce': their decoder gives one value": gep.get("loss") == "ce",
+        f"zero_probability={zero}: theirs is one switch, explicit_zero_prob, for all heads": len(set(zero.values())) > 1,
         "dar with other than 3 layers: their discriminator has 3": bool(dar) and dar["n_layers"] != 3,
         f"values={tokenizer.values!r}: they read raw values with flags, bins without": (tokenizer.values == "raw") != flags,
         f"n_bins={tokenizer.n_bins}: their collator bins into 51": not flags and tokenizer.n_bins != 51,
@@ -128,6 +133,7 @@ def _args(model: ModelConfig, tokenizer: TokenizerSettings, heads: Mapping[str, 
         "dropout": model.dropout,
         "pad_token": "<pad>",
         "pad_value": int(cls_value) if cls_value == int(cls_value) else cls_value,  # their embed_data gives <cls> the padding's value
+        "cls_value": cls_value,  # read by nobody but our import: fine-tuning and pretraining differ in it
         "mask_value": -1,
         "n_bins": tokenizer.n_bins,
         "max_seq_len": tokenizer.max_length,

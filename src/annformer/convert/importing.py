@@ -23,6 +23,21 @@ _ARGS = {
     "n_layers_cls": ("n_layers_cls", "nlayers_cls"),
 }
 
+_FINE_TUNED = {
+    "domain_norm": "dsbn",
+    "batch_norm": "bn",
+    "batch_context": "batch labels",
+    "modality": "modalities",
+    "flags": "perturbation flags",
+    "dar": "a discriminator of batches",
+    "affine": "an affine decoder",
+    "gep.nonzero": "zero probabilities",
+    "gepc.nonzero": "zero probabilities",
+}
+"""Parts of a model that only their fine-tuning makes."""
+_FINE_TUNING_ARGS = ("dataset_name", "ecs_thres", "dab_weight", "do_dab", "DSBN", "use_batch_labels", "explicit_zero_prob")
+"""Settings that only their fine-tuning scripts have."""
+
 
 class Converted(NamedTuple):
     """A checkpoint of the authors in our terms; `objectives` are the fields of each objective's settings."""
@@ -48,7 +63,7 @@ def from_authors(args: Mapping[str, Any], state_dict: Mapping[str, Tensor], voca
     Parameters
     ----------
     args
-        Contents of `args.json`. Only the sizes, `dropout` and the names of architecture variants are read.
+        Contents of `args.json`. Only the sizes, `dropout`, the names of architecture variants and what tells a fine-tuned model are read.
     state_dict
         Contents of `best_model.pt`, in any of their spellings.
     vocab
@@ -63,14 +78,14 @@ def from_authors(args: Mapping[str, Any], state_dict: Mapping[str, Tensor], voca
     """
     weights = _spelled(state_dict)
     _refuse_variants(args, weights)
+    cls_value, said = _cls_value(args, weights)  # a fine-tuned model stays one when its heads are dropped
     weights, notes = _drop(weights, drop)
     found = _find(weights)
     _check_tensors(weights, found, vocab)
     _check_args(args, found)
     ours, casts = _import(weights, found)
-    return Converted(
-        _model_config(args, found), _tokenizer(args, found), _objectives(args, found), ours, notes + casts + _notes(args, found)
-    )
+    tokenizer = _tokenizer(args, found, cls_value)
+    return Converted(_model_config(args, found), tokenizer, _objectives(args, found), ours, [*notes, *casts, said, *_notes(args, found)])
 
 
 def _spelled(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,6 +128,21 @@ def _refuse_variants(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
             "continuous values, <cls> pooling, post-norm, inner-product MVC, as in all published checkpoints",
             "use the authors' code for it, or train one without these options",
         )
+
+
+def _cls_value(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Any, str]:
+    """Value at `<cls>`, and what to say about it: 0 in their fine-tuning, the padding's value in pretraining and zero-shot use."""
+    if (value := args.get("cls_value")) is not None:
+        return value, f"the value at <cls> is {value}: args.json says so"
+    signs = {_FINE_TUNED[row[0].part]: None for key in weights if (row := row_of(key)) and row[0].part in _FINE_TUNED}
+    classes = weights.get("cls_decoder.out_layer.weight")
+    if classes is not None and classes.ndim and classes.shape[0] > 1 and not args.get("USE_CLS"):  # USE_CLS: a setting of pretraining
+        signs["classes of cells"] = None
+    signs |= {f"{name} in args.json": None for name in _FINE_TUNING_ARGS if args.get(name)}
+    if signs:
+        return 0, f"the value at <cls> is 0, as in their fine-tuning, for there are {', '.join(signs)} (`convert --cls_value` sets another)"
+    value = args.get("pad_value", -2)
+    return value, f"the value at <cls> is {value}, as in pretraining and zero-shot use: 0 for a fine-tuned model (`convert --cls_value 0`)"
 
 
 def _drop(weights: dict[str, Tensor], drop: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -232,11 +262,11 @@ def _model_config(args: Mapping[str, Any], found: _Found) -> ModelConfig:
     return ModelConfig.read(fields, where="args.json with best_model.pt")
 
 
-def _tokenizer(args: Mapping[str, Any], found: _Found) -> TokenizerSettings:
+def _tokenizer(args: Mapping[str, Any], found: _Found, cls_value: object) -> TokenizerSettings:
     fields = {
         "n_bins": args.get("n_bins") or 51,
         "max_length": args.get("max_seq_len") or 1200,
-        "cls_value": args.get("pad_value", -2),
+        "cls_value": cls_value,
         "values": "raw" if "flags" in found.parts else "bins",  # their perturbation model reads expression as it is
     }
     return TokenizerSettings.read(fields, where="args.json")

@@ -36,8 +36,9 @@ class AnnDataSource:
     Parameters
     ----------
     data
-        AnnData (also a view, or backed), or the path of an h5ad file, a zarr folder, a 10x `.h5` file or a 10x mtx folder.
-        mtx folders, and the cells of a view of a backed AnnData, are read into memory whole.
+        AnnData (also a view, or backed), or the path of an h5ad file, a zarr folder, a 10x `.h5` file, a 10x mtx folder or an
+        mtx file with its two tables beside it.
+        mtx folders, and (with a warning) the cells of a view of a backed AnnData, are read into memory whole.
     gene_key
         Column of var that holds the gene names or ids; None: the names of var.
     layer
@@ -147,7 +148,7 @@ class AnnDataSource:
     ) -> Iterator[CellBatch]:
         """Yield the cells in order, `size` at a time, over the genes of `vocab` that the data have, in ascending id.
 
-        Columns that mean the same gene are added up.
+        Columns that mean the same gene are added up; if the values are logarithms, what lies behind them is.
 
         Parameters
         ----------
@@ -220,7 +221,7 @@ class AnnDataSource:
     def _read(self, rows: Int[np.ndarray, "cell"], slots: Int[np.ndarray, "column"], n_slots: int) -> Collapsed:
         with self.container.reading(self.counts.where):
             stored = read_rows(self.reader, rows)
-            cells = collapse(stored, slots, n_slots)
+            cells = collapse(stored, slots, n_slots, logarithms=self.counts.kind == "log-normalised")
         if cells.first_bad >= 0:
             raise self._bad_values(stored, cells.first_bad, rows)
         if cells.fractions and self.counts.kind == "counts" and not self._warned_fractions:

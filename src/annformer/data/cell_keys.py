@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
-from numba import njit
 
 from annformer.data.studies import Study, StudyCells
 from annformer.genes import GeneMatch
+from annformer.kernels import GOLDEN, jit, mix, mix_in_place
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
 
@@ -45,7 +45,7 @@ def cell_keys(
     return _keys(counts.indptr, counts.indices, bits, np.asarray(cells.gene_ids), bands, n_bands)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _keys(indptr: Any, indices: Any, bits: Any, gene_ids: Any, bands: Any, n_bands: int) -> Any:
     keys = np.zeros((len(indptr) - 1, n_bands), dtype=np.uint64)
     expressed = np.zeros((len(indptr) - 1, n_bands), dtype=np.int32)
@@ -54,10 +54,7 @@ def _keys(indptr: Any, indices: Any, bits: Any, gene_ids: Any, bands: Any, n_ban
             gene = gene_ids[indices[k]]
             band = bands[gene]
             if band >= 0:
-                z = bits[k] ^ (np.uint64(gene + 1) * np.uint64(0x9E3779B97F4A7C15))  # splitmix64
-                z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                keys[row, band] += z ^ (z >> np.uint64(31))
+                keys[row, band] += mix(bits[k] ^ (np.uint64(gene + 1) * GOLDEN))
                 expressed[row, band] += 1
     return keys, expressed
 
@@ -65,10 +62,9 @@ def _keys(indptr: Any, indices: Any, bits: Any, gene_ids: Any, bands: Any, n_ban
 def shuffled(keys: UInt64[np.ndarray, "cell"], seed: int) -> UInt64[np.ndarray, "cell"]:
     """Draw keys anew by `seed`: equal ones stay equal, their order is random."""
     with np.errstate(over="ignore"):
-        z = keys + np.uint64(seed) * np.uint64(0xD6E8FEB86659FD93) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+        drawn = keys + np.uint64(seed) * np.uint64(0xD6E8FEB86659FD93) + GOLDEN
+        mix_in_place(drawn)
+    return drawn
 
 
 @dataclass(frozen=True)

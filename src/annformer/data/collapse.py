@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
-from numba import njit
+
+from annformer.kernels import GOLDEN, jit, mix
 
 
 class Rows(NamedTuple):
@@ -30,7 +31,7 @@ class Collapsed(NamedTuple):
     """Some value is not a whole number."""
 
 
-def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int) -> Collapsed:
+def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int, *, logarithms: bool = False) -> Collapsed:
     """Bring `rows` to canonical CSR over `n_slots` genes.
 
     Parameters
@@ -41,10 +42,12 @@ def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int) -> Coll
         For every stored column its place among the genes, or -1 to leave it out.
     n_slots
         Number of genes.
+    logarithms
+        The values are log1p of something, and that is what is added for the columns of one gene.
 
     Returns
     -------
-    Values are float32 wherever that is exact for all of these rows, else float64.
+    Values are float32 wherever that is exact for all of these rows, else float64. They do not depend on the order of the columns.
     """
     assert len(rows.data) < 2**31, "a block holds fewer than 2**31 values"
     narrow = np.can_cast(rows.data.dtype, np.float32, "safe")
@@ -59,9 +62,9 @@ def collapse(rows: Rows, slots: Int[np.ndarray, "column"], n_slots: int) -> Coll
         first_bad = int(np.flatnonzero(~((data >= 0) & (data < np.inf)))[0])
         return Collapsed(indptr, indices[:0], data[:0], first_bad, bool(fractions))
     targets = np.where(slots < 0, n_slots, slots).astype(np.int32)
-    out_indptr, genes, values, inexact = _sorted_by_gene(indptr, indices, data, targets, n_slots)
+    out_indptr, genes, values, inexact = _sorted_by_gene(indptr, indices, data, targets, n_slots, logarithms)
     if inexact:
-        out_indptr, genes, values, _ = _sorted_by_gene(indptr, indices, data.astype(np.float64), targets, n_slots)
+        out_indptr, genes, values, _ = _sorted_by_gene(indptr, indices, data.astype(np.float64), targets, n_slots, logarithms)
     return Collapsed(out_indptr, genes, _narrowed(values), -1, bool(fractions))
 
 
@@ -73,7 +76,7 @@ def _narrowed(data: Float[np.ndarray, "value"]) -> Float[np.ndarray, "value"]:
     return narrow if np.array_equal(narrow, data) else data
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _check(indices: Any, data: Any, n_columns: int) -> Any:
     """Whether a column number lies outside, a value is unusable, a value is not whole; without branches, so that it is vectorised."""
     n_outside, n_bad, n_fractions = 0, 0, 0
@@ -85,7 +88,7 @@ def _check(indices: Any, data: Any, n_columns: int) -> Any:
     return n_outside > 0, n_bad > 0, n_fractions > 0
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _bucket(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int) -> Any:
     """Sort the values by gene (counting sort), rows ascending within a gene; zeros and columns to leave out go behind the last gene."""
     begins = np.zeros(n_slots + 2, dtype=np.int32)
@@ -111,34 +114,49 @@ def _bucket(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int) ->
     return begins, row_of, values, out_indptr
 
 
-@njit(cache=True, nogil=True)
-def _unbucket(begins: Any, row_of: Any, values: Any, indptr: Any, n_slots: int) -> Any:
+@jit
+def _total(values: Any, logarithms: Any) -> Any:
+    """Add up a row's values of one gene, from the smallest: floating-point sums depend on the order, and that of the columns means nothing.
+
+    Of logarithms what lies behind them is added; the result is float32, so that the same values give the same in any type.
+    """
+    values.sort()
+    total = 0.0
+    for value in values:
+        total += np.expm1(np.float64(value)) if logarithms else np.float64(value)
+    return np.float64(np.float32(np.log1p(total))) if logarithms else total
+
+
+@jit
+def _unbucket(begins: Any, row_of: Any, values: Any, indptr: Any, n_slots: int, logarithms: Any) -> Any:
     """Deal the values out to their rows again: going through the genes in order leaves every row sorted.
 
-    A row's second value of a gene is added; `inexact` says that such a sum did not fit into the type of the values.
+    A row's values of one gene are added; `inexact` says that such a sum did not fit into the type of the values.
     """
     genes = np.empty(indptr[-1], dtype=np.int32)
     data = np.empty(indptr[-1], dtype=values.dtype)
     cursor = indptr[:-1].copy()
     inexact = False
     for slot in range(n_slots):
-        last = -1
-        for k in range(begins[slot], begins[slot + 1]):
+        k = begins[slot]
+        while k < begins[slot + 1]:
             row = row_of[k]
             at = cursor[row]
-            if row == last:
-                total = np.float64(data[at - 1]) + np.float64(values[k])
-                data[at - 1] = total
-                inexact |= np.float64(data[at - 1]) != total
-                continue
-            last = row
             genes[at] = slot
             data[at] = values[k]
             cursor[row] = at + 1
+            first = k
+            k += 1
+            while k < begins[slot + 1] and row_of[k] == row:
+                k += 1
+            if k > first + 1:
+                total = _total(values[first:k], logarithms)
+                data[at] = total
+                inexact |= np.float64(data[at]) != total
     return cursor, genes, data, inexact
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _close_gaps(indptr: Any, ends: Any, genes: Any, data: Any) -> Any:
     """Move the rows together where added values have left room at their ends."""
     closed = np.zeros_like(indptr)
@@ -150,10 +168,10 @@ def _close_gaps(indptr: Any, ends: Any, genes: Any, data: Any) -> Any:
     return closed, genes[: closed[-1]], data[: closed[-1]]
 
 
-@njit(cache=True, nogil=True)
-def _sorted_by_gene(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int) -> Any:
+@jit
+def _sorted_by_gene(indptr: Any, indices: Any, data: Any, targets: Any, n_slots: int, logarithms: Any) -> Any:
     begins, row_of, values, out_indptr = _bucket(indptr, indices, data, targets, n_slots)
-    ends, genes, values, inexact = _unbucket(begins, row_of, values, out_indptr, n_slots)
+    ends, genes, values, inexact = _unbucket(begins, row_of, values, out_indptr, n_slots, logarithms)
     if np.array_equal(ends, out_indptr[1:]):
         return out_indptr, genes, values, inexact
     out_indptr, genes, values = _close_gaps(out_indptr, ends, genes, values)
@@ -175,15 +193,12 @@ def content_hashes(cells: Collapsed) -> UInt64[np.ndarray, "row"]:
     return _hash_rows(cells.indptr, cells.indices, cells.data.astype(np.float64).view(np.uint64))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _hash_rows(indptr: Any, indices: Any, bits: Any) -> Any:
     hashes = np.zeros(len(indptr) - 1, dtype=np.uint64)
     for row in range(len(hashes)):
         for k in range(indptr[row], indptr[row + 1]):
-            z = bits[k] ^ (np.uint64(indices[k] + 1) * np.uint64(0x9E3779B97F4A7C15))  # splitmix64
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            hashes[row] += z ^ (z >> np.uint64(31))
+            hashes[row] += mix(bits[k] ^ (np.uint64(indices[k] + 1) * GOLDEN))
     return hashes
 
 

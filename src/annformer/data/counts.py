@@ -20,8 +20,9 @@ Kind = Literal["counts", "log-normalised", "normalised", "scaled"]
 SEARCHED = ("layers['counts']", "layers['raw_counts']", "X", ".raw.X")
 LOG_MAX = 30.0
 """Larger values cannot be logarithms of expression: 2**30 molecules do not fit in a cell."""
-SAME_BINS = "values are ranked within each cell, so the bins are those of the counts"
-RANKED = "values are ranked within each cell, so their scale does not matter"
+RANKED = "as good as counts for value bins, which only need the order of the values within a cell"
+ADDED = "columns of one gene are added before the logarithm (taken as log1p)"
+ONLY_ZEROS = "only zeros in the cells looked at"
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,23 @@ def look(values: np.ndarray) -> Look:
     values = np.asarray(values)
     values = values[np.isfinite(values) & (values != 0)].astype(np.float64)
     if len(values) == 0:
-        return Look("counts", "only zeros in the cells looked at")
+        return Look("counts", ONLY_ZEROS)
     whole = bool((values == np.floor(values)).all())
     if values.min() < 0:
         note = f"values down to {values.min():.3g}"
         return Look("scaled", note if whole else f"{note}: centred or scaled", whole)
     if whole:
         ones = len(values) >= 1000 and values.max() == 1
-        return Look("counts", "every value is 1: the counts were made binary, bins carry no information" if ones else "", whole)
+        return Look("counts", "every value is 1: the counts were made binary, value bins carry no information" if ones else "", whole)
     if values.max() > LOG_MAX:
         return Look("normalised", f"not whole numbers, up to {values.max():.4g}: TPM, CPM or expected counts; {RANKED}")
     if values.max() <= 1:
         scale = f"values between 0 and {values.max():.3g}: shares, or scaled by their largest value"
-        return Look("normalised", f"{scale}; {RANKED}, but the bins are wrong if each gene was scaled by itself")
+        return Look("normalised", f"{scale}; {RANKED}, unless each gene was scaled by itself")
     back = np.expm1(values)
     whole = np.abs(back - np.rint(back)) <= 1e-4 * np.maximum(back, 1)
     origin = "log1p of whole counts" if whole.all() else "logarithms of normalised counts"
-    return Look("log-normalised", f"{origin}, up to {values.max():.3g}; {SAME_BINS}")
+    return Look("log-normalised", f"{origin}, up to {values.max():.3g}; {RANKED}; {ADDED}")
 
 
 def open_matrix(container: Container, where: str) -> RowReader:
@@ -90,20 +91,27 @@ def _require_shape(container: Container, where: str, matrix: Matrix, reader: Row
 
 
 def choose(container: Container, layer: str | None) -> tuple[RowReader, CountsChoice]:
-    """Choose the matrix to read: `layer`, else the first of `SEARCHED` with whole numbers, else the first that is not negative."""
+    """Choose the matrix to read: `layer`, else the first of `SEARCHED` with whole numbers, else the first that is not negative.
+
+    One that seems to be empty is taken only if there is no other.
+    """
     places = _places(container, layer)
     readers = {where: open_matrix(container, where) for where in places}
     looks = {}
     for where, reader in readers.items():
         with container.reading(where):
             looks[where] = look(reader.sample())
-    fit = [where for where in places if looks[where].kind == "counts"] or [where for where in places if looks[where].kind != "scaled"]
+    full = [where for where in places if looks[where].note != ONLY_ZEROS]
+    fit = [where for where in full if looks[where].kind == "counts"] or [where for where in full if looks[where].kind != "scaled"]
+    fit = fit or [where for where in places if where not in full]
     fit = fit or [where for where in places if looks[where].whole]  # reading it will name the cell and the gene of the first error
     if not fit:
         raise _all_scaled(container, looks)
     where = fit[0]
     kind, note, _ = looks[where]
-    passed = [f"{other} is {looks[other].kind}" for other in places[: places.index(where)]]
+    passed = [
+        f"{other} is {looks[other].kind}" if other in full else f"{other} has {ONLY_ZEROS}" for other in places[: places.index(where)]
+    ]
     if kind != "counts" and layer is None:
         note = f"no matrix holds counts; {note}"
     choice = CountsChoice(where, kind, "; ".join([*([note] if note else []), *passed]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ import zarr
 
 from annformer.data.readers import CompressedRows, RowReader, compressed, reader_of, reading
 from annformer.data.tables import FrameTable, Table, table_of
-from annformer.errors import InputError, input_error
+from annformer.errors import AnnformerWarning, InputError, input_error
 
+GENES = ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv")
+BARCODES = ("barcodes.tsv.gz", "barcodes.tsv")
 ACCEPTED = "an .h5ad file, a .zarr folder, a 10x .h5 file, or a 10x folder with matrix.mtx(.gz)"
 
 
@@ -63,7 +66,7 @@ def open_container(data: anndata.AnnData | str | Path) -> Container:
     if path.is_dir():
         return _of_folder(path)
     if path.name.endswith((".mtx", ".mtx.gz")):
-        return _of_mtx(path.parent)
+        return _of_mtx(path, *_tables_beside(path))
     return _of_hdf5(path)
 
 
@@ -85,6 +88,9 @@ def _of_anndata(adata: anndata.AnnData) -> Container:
     if raw is not None:
         matrices[".raw.X"] = Matrix(lambda: reader_of(raw.X), FrameTable(raw.var))
     kind = "backed AnnData" if adata.isbacked else "AnnData"
+    if adata.isbacked and adata.is_view:
+        msg = "the cells of a view of a backed AnnData are read into memory whole; to save memory, save them as a file of their own"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
     return Container(f"{kind} (view)" if adata.is_view else kind, "the AnnData object", obs, var, matrices, on_disk=adata.isbacked)
 
 
@@ -114,7 +120,11 @@ def _of_folder(path: Path) -> Container:
         with reading(str(path)):
             return _of_nodes(zarr.open_group(path, mode="r"), "zarr", path)
     if any(path.glob("*matrix.mtx*")):
-        return _of_mtx(path)
+        return _of_mtx(
+            _one_of(path, "*matrix.mtx.gz", "*matrix.mtx"),
+            _one_of(path, *(f"*{name}" for name in GENES)),
+            _one_of(path, *(f"*{name}" for name in BARCODES)),
+        )
     found = f"{path} is a folder without a zarr store or a matrix.mtx in it"
     raise input_error(found, ACCEPTED, "give the file or folder that holds the cells")
 
@@ -167,11 +177,26 @@ def _strings(dataset: h5py.Dataset) -> np.ndarray:
     return dataset.asstr()[:] if dataset.dtype.kind == "O" else np.char.decode(dataset[:], "utf-8").astype(object)
 
 
-def _of_mtx(folder: Path) -> Container:
-    matrix_file = _one_of(folder, "*matrix.mtx.gz", "*matrix.mtx")
-    genes_file = _one_of(folder, "*features.tsv.gz", "*features.tsv", "*genes.tsv.gz", "*genes.tsv")
-    cells_file = _one_of(folder, "*barcodes.tsv.gz", "*barcodes.tsv")
-    with reading(str(folder)):
+def _tables_beside(matrix_file: Path) -> list[Path]:
+    """Find genes and barcodes of an mtx file: they are named as it is but for the last word."""
+    prefix, found, _ = matrix_file.name.rpartition("matrix.mtx")
+    if not found:
+        expected = "a name that ends in matrix.mtx or matrix.mtx.gz, as 10x gives it, which says how its genes and barcodes are named"
+        msg = f"{matrix_file} has another name"
+        raise input_error(msg, expected, "rename the three files: matrix.mtx, features.tsv, barcodes.tsv")
+    tables = []
+    for names in (GENES, BARCODES):
+        beside = [file for name in names if (file := matrix_file.with_name(prefix + name)).exists()]
+        if not beside:
+            wanted = " or ".join(prefix + name for name in names)
+            msg = f"beside {matrix_file} there is no {wanted}"
+            raise input_error(msg, "genes and barcodes of this matrix", "add the missing file")
+        tables.append(beside[0])
+    return tables
+
+
+def _of_mtx(matrix_file: Path, genes_file: Path, cells_file: Path) -> Container:
+    with reading(f"{matrix_file} with its tables"):
         from scipy.io import mmread
 
         genes = pd.read_csv(genes_file, sep="\t", header=None, dtype=str, keep_default_na=False)
@@ -187,7 +212,7 @@ def _of_mtx(folder: Path) -> Container:
     var = FrameTable(pd.DataFrame(columns).set_axis(names, axis=0))
     obs = FrameTable(pd.DataFrame(index=cells[0].to_numpy()))
     reader = CompressedRows(rows.data, rows.indices, rows.indptr, rows.shape)
-    return Container("10x mtx folder", str(folder), obs, var, {"X": Matrix(lambda: reader, var)}, on_disk=False)
+    return Container("10x mtx folder", str(matrix_file), obs, var, {"X": Matrix(lambda: reader, var)}, on_disk=False)
 
 
 def _one_of(folder: Path, *patterns: str) -> Path:
@@ -195,7 +220,9 @@ def _one_of(folder: Path, *patterns: str) -> Path:
         files = sorted(folder.glob(pattern))
         if len(files) > 1:
             found = f"{folder} holds {len(files)} files {pattern}"
-            raise input_error(found, "one data set in a folder", "put each data set into a folder of its own")
+            raise input_error(
+                found, "one data set in a folder", "give the path of one matrix file, or put each data set into a folder of its own"
+            )
         if files:
             return files[0]
     found = f"{folder} has no {' or '.join(patterns)}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from annformer.errors import input_error
+from annformer.errors import InputError, input_error
 
 FORMAT = 1
 _BLOCK_BYTES = 1 << 24
@@ -64,7 +64,9 @@ class PartialRows:
         if differences:
             found = f"the work kept in {folder} cannot be continued: " + "; ".join(differences)
             raise input_error(
-                found, "the same model, settings and input as when it was begun", "run again without resume (--resume) to begin anew"
+                found,
+                "the same model, settings and input as when it was begun",
+                "run again with overwrite=True (--overwrite) instead of resume (--resume) to begin anew",
             )
         rows = cls(folder, job, shape)
         rows.done = begun["done"]
@@ -102,6 +104,14 @@ class PartialRows:
         """Close the file; what was flushed stays."""
         with suppress(OSError):  # a full disk has been reported by then
             self._file.close()
+
+
+def rows_done(folder: Path) -> int:
+    """Rows that the journal in `folder` calls safe; 0 when it cannot be read."""
+    try:
+        return int(_read_journal(folder)["done"])
+    except InputError:
+        return 0
 
 
 def discard(folder: Path) -> None:

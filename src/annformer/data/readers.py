@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,19 +128,36 @@ def _of_group(group: h5py.Group | zarr.Group) -> RowReader:
 def compressed(group: h5py.Group | zarr.Group, shape: tuple[int, int], *, by_columns: bool) -> RowReader:
     """Reader of a group with `data`, `indices`, `indptr`."""
     data, indices, indptr = group["data"], group["indices"], group["indptr"]
-    _require_all_chunks(data, indices)
+    _require_chunks(data, indices, indptr)
     if by_columns:
         columns = CompressedRows(data, indices, indptr, shape[::-1])
         return ColumnsReader(data, shape, lambda: _rows_of_columns(columns))
     return CompressedRows(data, indices, indptr, shape)
 
 
-def _require_all_chunks(*arrays: object) -> None:
-    # zarr reads a chunk that was never copied as zeros; a sparse matrix stores none, so a missing chunk is a damaged store
-    for array in arrays:
-        if isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks:
-            found = f"{array.nchunks - array.nchunks_initialized} of the {array.nchunks} chunks of {array.name} are missing"
+def _require_chunks(data: object, indices: object, indptr: Any) -> None:
+    # zarr reads a missing chunk as zeros, be it that the writer left out its zeros or that it was never copied
+    for array in (data, indices):
+        if not isinstance(array, zarr.Array) or array.nchunks_initialized == array.nchunks:
+            continue
+        n_missing = array.nchunks - array.nchunks_initialized
+        if array is data or not _may_lack(array, n_missing, np.asarray(indptr[:])):  # a sparse matrix stores no zeros
+            found = f"{n_missing} of the {array.nchunks} chunks of {array.name} are missing"
             raise input_error(found, "a complete zarr store", "copy or download the store again")
+
+
+def _may_lack(indices: zarr.Array, n_missing: int, indptr: np.ndarray) -> bool:
+    """Whether chunks of zeros are missing where zeros can be: column 0 stands at most once in a row, at its beginning."""
+    size, n_zeros = indices.chunks[0], 0
+    for first in range(0, indices.shape[0], size):
+        chunk = np.asarray(indices[first : first + size])
+        if chunk.any():
+            continue
+        begins = np.unique(indptr[(indptr >= first) & (indptr < first + len(chunk))])
+        if len(begins) < len(chunk):
+            return False
+        n_zeros += 1
+    return n_zeros >= n_missing
 
 
 class CompressedRows:
@@ -274,10 +289,8 @@ class ColumnsReader:
 
 
 def _rows_of_columns(columns: CompressedRows) -> CompressedRows:
-    copy, folder = write_rows(columns)
-    rows = CompressedRows(copy.data, copy.indices, copy.indptr, columns.shape[::-1])
-    weakref.finalize(rows, shutil.rmtree, folder, ignore_errors=True)
-    return rows
+    copy = write_rows(columns)
+    return CompressedRows(copy.data, copy.indices, copy.indptr, columns.shape[::-1])
 
 
 def _rows_at_once(array: Any, per_row: float) -> int:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
-from numba import njit
 
 from annformer.data.store import Shard
 from annformer.data.store_buckets import Cells, by_key
 from annformer.data.studies import file_sha256
+from annformer.kernels import jit
 from annformer.vocab import GeneVocab
 
 
@@ -90,7 +90,7 @@ class ShardWriter:
         return pa.record_batch([*lists, *(pa.array(np.ascontiguousarray(cells.facts[name])) for name in names)], schema=self.schema)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _count(gene_ids: Any, counts: Any, tally: Any) -> None:
     """Add, for every gene, the cells that express it and its counts; `np.bincount` would first make wider copies of both."""
     for k in range(len(gene_ids)):

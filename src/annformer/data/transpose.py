@@ -5,38 +5,37 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 from annformer.data.collapse import Rows
 from annformer.errors import input_error
+from annformer.kernels import jit
 
 if TYPE_CHECKING:
     from annformer.data.readers import RowReader
 
 
-def write_rows(columns: RowReader) -> tuple[Rows, Path]:
+def write_rows(columns: RowReader) -> Rows:
     """Write what `columns` reads (the transposed matrix) by rows into temporary files.
 
     Two passes: count the values of each row, then put every value in its place.
 
     Returns
     -------
-    The rows, memory-mapped, and the folder to delete after use; it lies in the system's temporary folder (TMPDIR).
+    The rows, memory-mapped. The files lie in the system's temporary folder (TMPDIR) without a name and go with the arrays.
     """
     n_rows = columns.shape[1]
     lengths = np.zeros(n_rows, dtype=np.int64)
     for _, part in _blocks(columns):
         lengths += np.bincount(part.indices, minlength=n_rows)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    data, indices, folder = _scratch(columns.n_values, columns.dtype)
+    data, indices = _scratch(columns.n_values, columns.dtype)
     cursor = indptr[:-1].copy()
     for first, part in _blocks(columns):
         _scatter(part.indptr, part.indices.astype(np.int64), part.data, first, cursor, indices, data)
-    return Rows(indptr, indices, data), folder
+    return Rows(indptr, indices, data)
 
 
 def _blocks(columns: RowReader) -> Iterator[tuple[int, Rows]]:
@@ -49,7 +48,7 @@ def _blocks(columns: RowReader) -> Iterator[tuple[int, Rows]]:
         yield first, part
 
 
-def _scratch(n_values: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Path]:
+def _scratch(n_values: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     needed = n_values * (dtype.itemsize + 4)
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed > free:
@@ -60,14 +59,17 @@ def _scratch(n_values: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, Pa
             "a matrix stored by cells (CSR), or room for the copy",
             "set TMPDIR to a folder with more room, or save the file with adata.X = adata.X.tocsr()",
         )
-    folder = Path(tempfile.mkdtemp(prefix="annformer-"))
+    return _mapped(n_values, dtype), _mapped(n_values, np.dtype(np.int32))
+
+
+def _mapped(n_values: int, dtype: np.dtype) -> np.ndarray:
     if n_values == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype), np.empty(0, np.int32), folder
-    data = np.memmap(folder / "data", dtype=dtype, mode="w+", shape=(n_values,))
-    return data, np.memmap(folder / "indices", dtype=np.int32, mode="w+", shape=(n_values,)), folder
+        return np.empty(0, dtype)
+    with tempfile.TemporaryFile() as file:  # has no name, so that nothing is left of it even if the process is killed
+        return np.memmap(file, dtype=dtype, mode="w+", shape=(n_values,))
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _scatter(indptr: Any, row_of: Any, values: Any, first: int, cursor: Any, indices: Any, data: Any) -> None:
     for column in range(len(indptr) - 1):
         for k in range(indptr[column], indptr[column + 1]):

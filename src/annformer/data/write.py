@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from annformer.data.formats import Container
 from annformer.data.tables import Table
+from annformer.errors import InputError, input_error
 
 Node: TypeAlias = Any
 """A group or an array of h5py or zarr; what is used here, both spell alike."""
@@ -32,6 +33,9 @@ Content = Literal["all", "embedding"]
 
 _BLOCK = 1 << 22
 """Entries of a matrix handled at a time."""
+_PAGE = 4_096
+_LARGE = 1 << 18
+"""Bytes in one piece that can only be data, of which HDF5 needs nothing to go on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,26 @@ class Addition:
     """Gives the rows from the top, block by block."""
     record: Mapping[str, Any]
     """Goes to `uns["annformer"][key]`; plain values that HDF5 can hold."""
+
+
+def require_place(source: Container, path_in: Path) -> None:
+    """Refuse an input in which something else has the place of the record, before any work."""
+    if source.format not in ("h5ad", "zarr"):
+        return
+    with _opened(path_in, "r") as root:
+        taken = "uns" in root and "annformer" in root["uns"] and not _is_mapping(root["uns"]["annformer"])
+    if taken:
+        raise foreign_record(str(path_in))
+
+
+def _is_mapping(node: Node) -> bool:
+    return hasattr(node, "keys") and node.attrs.get("encoding-type", "dict") == "dict"
+
+
+def foreign_record(where: str) -> InputError:
+    """For an `uns["annformer"]` that is not ours."""
+    found = f'uns["annformer"] of {where} is not a mapping, so it was not written by annformer'
+    return input_error(found, "that name free for the record of the embedding", 'rename or delete uns["annformer"]')
 
 
 def write_copy(
@@ -116,21 +140,52 @@ def _opened(path: Path, mode: Literal["r", "r+", "w"]) -> Iterator[Node]:
 class _FullDiskGuard(io.FileIO):
     """A file that keeps the system's refusal to write to itself until it is closed.
 
-    HDF5 crashes the process when it cannot write what it still holds; so it is let believe that it can, and its user is told afterwards.
+    HDF5 crashes the process when it cannot write what it still holds, or does not find again what it wrote; so it is let believe that
+    all is well, and its user is told afterwards. From the refusal on, what HDF5 writes about its own structure (in small pieces) is kept
+    in memory; of the data, zeros are read.
     """
 
-    _refusal: OSError | None = None
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
+        self._refusal: OSError | None = None
+        self._kept: dict[int, bytearray] = {}
+        """Pages of the file as they would be, by number."""
 
     def write(self, data: Any) -> int:
         """Write all of `data`, or take note that it cannot be written."""
-        size = memoryview(data).nbytes
+        content, written, start = memoryview(data).cast("B"), 0, self.tell()
         try:
-            written = 0 if self._refusal is None else size
-            while written < size:
-                written += super().write(memoryview(data).cast("B")[written:])
+            while written < len(content) and self._refusal is None:
+                written += super().write(content[written:])
         except OSError as error:
             self._refusal = error
-        return size
+        if written < len(content):
+            if len(content) < _LARGE:
+                self._keep(start, content)
+            self.seek(start + len(content))
+        return len(content)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill all of `buffer`, beyond the end of the file with zeros: h5py would take what is left unfilled for content."""
+        content, start = memoryview(buffer).cast("B"), self.tell()
+        found = 0
+        while found < len(content) and (n_bytes := super().readinto(content[found:])):
+            found += n_bytes
+        content[found:] = bytes(len(content) - found)
+        for page, at, first, last in _pages(start, len(content)) if self._kept else ():
+            if page in self._kept:
+                content[first:last] = self._kept[page][at : at + last - first]
+        self.seek(start + len(content))
+        return len(content)
+
+    def _keep(self, start: int, content: memoryview) -> None:
+        for page, at, first, last in _pages(start, len(content)):
+            if page not in self._kept:
+                whole = bytearray(_PAGE)
+                self.seek(page * _PAGE)
+                self.readinto(whole)
+                self._kept[page] = whole
+            self._kept[page][at : at + last - first] = content[first:last]
 
     def truncate(self, size: int | None = None) -> int:
         """Cut or lengthen the file, or take note that it cannot be lengthened."""
@@ -144,6 +199,13 @@ class _FullDiskGuard(io.FileIO):
         self.close()
         if self._refusal is not None:
             raise self._refusal
+
+
+def _pages(start: int, n_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Pages that `n_bytes` from `start` touch: number, place in the page, and from where to where in the bytes."""
+    for page in range(start // _PAGE, -(-(start + n_bytes) // _PAGE)):
+        first, last = max(0, page * _PAGE - start), min(n_bytes, (page + 1) * _PAGE - start)
+        yield page, start + first - page * _PAGE, first, last
 
 
 def _copy_as_it_is(path_in: Path, path_out: Path) -> None:

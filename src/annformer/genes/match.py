@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -16,7 +16,7 @@ from jaxtyping import Int, Shaped
 from annformer.errors import input_error
 from annformer.genes.looks import are_entrez, is_name, look_at, looks_like_mouse
 from annformer.genes.report import HOW, MatchReport, spread
-from annformer.genes.table import ENSEMBL, load_table, read_orthologs, squeeze, squeezed_names, squeezed_table
+from annformer.genes.table import ENSEMBL, GeneTable, load_table, read_orthologs, squeeze, squeezed_names, squeezed_table
 from annformer.vocab import GeneVocab, is_special
 
 _SURENESS: Final = {how: rank for rank, how in enumerate(HOW)}
@@ -24,6 +24,8 @@ _MOUSE_READS: Final = ("symbol", "case", "previous", "alias", "mangled")
 _SEPARATORS: Final = " _|:;,/.-()[]"
 _GENOME: Final = re.compile(r"(?:GRCH3[78]|HG19|HG38)(?:-\d{4}-[A-Z])?[_-]+(?=.)")
 _LOCUS: Final = re.compile(r"(?:LOC|FLJ|MGC|DKFZP)\w+|\w+(?:-\w+)?\.\d+")
+_BESIDE: Final = re.compile(r".+-(?:AS|IT|OT)\d*")
+"""An RNA that is named after a gene because it lies beside or within it: antisense, intronic, overlapping."""
 _MADE_UNIQUE: Final = re.compile(r"(.+)[.-]\d{1,2}")
 _MONTHS: Final = {
     **dict.fromkeys(("MAR", "03"), ("MARCH", "MARC")),
@@ -35,6 +37,15 @@ _DATES: Final = (
     re.compile(r"(?P<month>MAR|SEPT?|DEC)[-./ ](?P<day>\d{1,2})"),
     re.compile(r"X?\d{4}[-./](?P<month>03|09|12)[-./](?P<day>\d{2})(?:[ T.]00[:.]00[:.]00)?"),
 )
+
+
+class _Hit(NamedTuple):
+    """What a name finds."""
+
+    token: int
+    how: str
+    alias: bool = False
+    """An alias was needed, here or to tell which gene the token is."""
 
 
 class _Index:
@@ -55,26 +66,27 @@ class _Index:
             if gene is not None and (gene not in self.by_gene or _SURENESS[how] < _SURENESS[self.by_gene[gene][1]]):
                 self.by_gene[gene] = (i, how)
 
-    def find(self, text: str, *, aliases: bool = True) -> tuple[int, str] | None:
+    def find(self, text: str, *, aliases: bool = True) -> _Hit | None:
         """Find a name in upper case by its text, then by its gene."""
         if text in self.folded:
-            return self.folded[text], "case"
+            return _Hit(self.folded[text], "case")
         gene, how = self.table.gene(text, aliases=aliases)
         if gene in self.by_gene:
             token, token_how = self.by_gene[gene]
-            return token, how if how in ("ensembl", "composite") else max(how, token_how, key=_SURENESS.__getitem__)
+            least = max(how, token_how, key=_SURENESS.__getitem__)
+            return _Hit(token, how if how in ("ensembl", "composite") else least, alias=least == "alias")
         if how == "composite":
             found = self.find(_symbol_part(text), aliases=aliases)
-            return None if found is None else (found[0], "composite")
+            return None if found is None else found._replace(how="composite")
         return None
 
-    def repair(self, text: str, *, aliases: bool = True) -> tuple[int, str] | None:
+    def repair(self, text: str, *, aliases: bool = True) -> _Hit | None:
         """Find a damaged name: undo what spreadsheets, R, references of two species and `make_unique` do to names."""
         date = next((hit for pattern in _DATES if (hit := pattern.fullmatch(text))), None)
         if date is not None:
             genes = (self.find(f"{family}{int(date['day'])}") for family in _MONTHS[date["month"]])
             found = next((gene for gene in genes if gene is not None), None)
-            return None if found is None else (found[0], "spreadsheet")
+            return None if found is None else found._replace(how="spreadsheet")
         plain = _GENOME.sub("", text, count=1) if _GENOME.match(text) else text
         found = self.find(plain, aliases=aliases) if plain != text else None
         found = found or self._unsqueeze(plain)
@@ -83,9 +95,9 @@ class _Index:
         if found is None and unique is not None:
             # aliases are too many and too short to guess that IL-1 is a second IL
             found = self.find(unique[1], aliases=False) or self._unsqueeze(unique[1])
-        return None if found is None else (found[0], "mangled")
+        return None if found is None else found._replace(how="mangled")
 
-    def _unsqueeze(self, text: str) -> tuple[int, str] | None:
+    def _unsqueeze(self, text: str) -> _Hit | None:
         key = squeeze(text)
         name = self.squeezed.get(key) or squeezed_table().get(key)
         return None if name is None else self.find(name, aliases=False)
@@ -129,22 +141,50 @@ def match_genes(names: Iterable[object], vocab: GeneVocab, *, orthologs: Mapping
     index = _index(vocab)
     table = read_orthologs(orthologs) if isinstance(orthologs, str | Path) else orthologs or {}
     search = _Search(index, table, mouse=looks_like_mouse(texts), entrez=are_entrez(texts))
-    found = _without_second_loci({text: search.find(text) for text in dict.fromkeys(texts)})
-    ids = np.array([found[text][0] for text in texts], dtype=np.int64)
-    how = np.array([found[text][1] for text in texts], dtype=f"<U{max(map(len, HOW))}")
-    candidates = {text: index.table.candidates(text.strip().upper()) for text, (i, _) in found.items() if i < 0 and not search.mouse}
+    hits = {text: hit for text in dict.fromkeys(texts) if (hit := search.find(text)) is not None}
+    apart = {text: vocab.tokens[hits[text].token] for text in _of_other_genes(hits, index.table)}
+    found = {text: hit for text, hit in hits.items() if text not in apart}
+    ids = np.array([found[text].token if text in found else -1 for text in texts], dtype=np.int64)
+    how = np.array([found[text].how if text in found else "" for text in texts], dtype=f"<U{max(map(len, HOW))}")
+    unknown = [text for text in dict.fromkeys(texts) if text not in hits and not search.mouse]
+    candidates = {text: index.table.candidates(text.strip().upper()) for text in unknown}
     ambiguous = {text: symbols for text, symbols in candidates.items() if symbols}
-    return GeneMatch(names=texts, ids=ids, how=how, vocab=vocab, ambiguous=ambiguous)
+    return GeneMatch(names=texts, ids=ids, how=how, vocab=vocab, ambiguous=ambiguous, apart=apart)
 
 
-def _without_second_loci(found: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
-    """Leave out the name of a place (RP11-284N8.3, LOC100288637) that is an alias of a gene which another column stands for already.
+def _of_other_genes(hits: Mapping[str, _Hit], table: GeneTable) -> list[str]:
+    """Return the names that must stay out because another column stands for the gene that they find.
 
-    An annotation that lists both means two places, and the gene must not get the counts of the other one.
+    An annotation that lists two names means two places, and a gene must not get the counts of another one. Added are only the columns
+    that surely are one gene: names changed by `make_unique`, its former name, other Ensembl ids of it. So an alias stays out where
+    the gene is there by a surer name (ARL5B-AS1 is an alias of NSUN6), the name of a place (RP11-284N8.3, LOC100288637) also where it
+    is there by an alias, an antisense RNA that Ensembl joined with a gene (HNRNPU-AS1) where this gene is there, and of two names
+    that are genes of their own in the table the less sure one.
     """
-    places = {text for text, (_, how) in found.items() if how == "alias" and _LOCUS.fullmatch(text.upper())}
-    taken = {i for text, (i, _) in found.items() if text not in places}
-    return {text: (-1, "") if text in places and token[0] in taken else token for text, token in found.items()}
+    columns: dict[int, list[str]] = defaultdict(list)
+    for text, hit in hits.items():
+        columns[hit.token].append(text)
+    return [text for names in columns.values() if len(names) > 1 for text in _less_sure({name: hits[name] for name in names}, table)]
+
+
+def _less_sure(hits: Mapping[str, _Hit], table: GeneTable) -> list[str]:
+    def rank(text: str) -> int:
+        name = text.strip().upper()
+        if not hits[text].alias:
+            return 2 if hits[text].how == "previous" and _BESIDE.fullmatch(name) else 0
+        return 1 if _own_gene(text, table) is not None else 2 + bool(_LOCUS.fullmatch(name))
+
+    best = min(map(rank, hits))
+    sure = [text for text in hits if rank(text) == best]
+    own = {text: gene for text in sure if (gene := _own_gene(text, table)) is not None}
+    first = min(own, key=lambda text: (_SURENESS[hits[text].how], text), default=None)
+    return [text for text in hits if rank(text) > best or (first is not None and own.get(text, own[first]) != own[first])]
+
+
+def _own_gene(name: str, table: GeneTable) -> int | None:
+    """Return the gene of which this is the symbol or an Ensembl id."""
+    gene, how = table.gene(name.strip().upper(), aliases=False)
+    return gene if isinstance(gene, int) and how in ("symbol", "ensembl", "composite") else None
 
 
 @dataclass(frozen=True)
@@ -156,28 +196,26 @@ class _Search:
     mouse: bool
     entrez: bool
 
-    def find(self, name: str) -> tuple[int, str]:
-        """Return the token's id and how it was found, -1 and "" for none."""
+    def find(self, name: str) -> _Hit | None:
+        """Return the token and how it was found."""
         text = name.strip().upper()
         if not is_name(text):
-            return -1, ""
+            return None
         human = self.orthologs.get(name.strip(), self.orthologs.get(text.partition(".")[0])) if self.orthologs else None
         if human is not None:
             found = self._human(human)
-            return (-1, "") if found is None else (found[0], "ortholog")
+            return None if found is None else found._replace(how="ortholog")
         found = self._human(name)
-        if found is None:
-            return -1, ""
-        return (found[0], "same-symbol") if self.mouse and found[1] in _MOUSE_READS else found
+        return found._replace(how="same-symbol") if found is not None and self.mouse and found.how in _MOUSE_READS else found
 
-    def _human(self, name: str) -> tuple[int, str] | None:
+    def _human(self, name: str) -> _Hit | None:
         index, text = self.index, name.strip().upper()
         if name in index.exact:
             hit = ENSEMBL.search(text) if "ENSG" in text else None
-            return index.exact[name], "symbol" if hit is None else "ensembl" if hit[0] == text else "composite"
+            return _Hit(index.exact[name], "symbol" if hit is None else "ensembl" if hit[0] == text else "composite")
         if self.entrez:
             gene = index.table.entrez.find(text.removesuffix(".0"))
-            return (index.by_gene[gene][0], "entrez") if gene in index.by_gene else None
+            return _Hit(index.by_gene[gene][0], "entrez", alias=index.by_gene[gene][1] == "alias") if gene in index.by_gene else None
         return index.find(text, aliases=not self.mouse) or index.repair(text, aliases=not self.mouse)
 
 
@@ -193,6 +231,8 @@ class GeneMatch:
     vocab: GeneVocab = field(repr=False)
     ambiguous: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Unmatched names that could be several genes, with their symbols."""
+    apart: Mapping[str, str] = field(default_factory=dict)
+    """Names left out because another column stands for the gene that they find, with the token of this gene."""
 
     @property
     def n_named(self) -> int:
@@ -222,6 +262,8 @@ class GeneMatch:
             unmatched=spread(unmatched, 10),
             n_ambiguous=len(self.ambiguous),
             ambiguous={name: list(self.ambiguous[name]) for name in spread(list(self.ambiguous), 10)},
+            n_apart=len(self.apart),
+            apart={name: self.apart[name] for name in spread(list(self.apart), 10)},
             looks_like=look_at(self.names).what,
         )
 

@@ -22,6 +22,8 @@ HOW: Final = {
 }
 """How a column found its gene, from the surest to the least sure; a matched column has one of these, an unmatched one ""."""
 
+ADDED: Final = "counts are added (logarithms as the counts behind them)"
+
 
 class MatchReport(Config):
     """What `match_genes` found, in numbers and examples."""
@@ -34,13 +36,16 @@ class MatchReport(Config):
     by_how: dict[str, int]
     """Matched columns by the way they were found; the keys are explained in `annformer.genes.HOW`."""
     collapsed: dict[str, list[str]]
-    """Genes that several columns stand for, with these columns: their counts are added."""
+    """Genes that several columns stand for, with these columns, which are added (of logarithms, the counts behind them)."""
     n_unmatched: int
     unmatched: list[str]
     """Examples, from the first to the last."""
     n_ambiguous: int
     ambiguous: dict[str, list[str]]
     """Examples of names that could be several genes, with the symbols of these."""
+    n_apart: int
+    apart: dict[str, str]
+    """Examples of names that stay out because another column stands for the gene that they find, with this gene."""
     looks_like: str
     """What most names look like."""
 
@@ -49,9 +54,9 @@ class MatchReport(Config):
         """Share of the named columns that found a gene."""
         return self.n_matched / self.n_named if self.n_named else 0.0
 
-    def lines(self) -> list[str]:
-        """Say it to people, the most important line first."""
-        lines = [f"{self.n_matched:,} of {self.n_named:,} gene names ({self.share:.1%}) are known to the model: {self.n_genes:,} genes"]
+    def lines(self, known_to: str = "the model") -> list[str]:
+        """Say it to people, the most important line first; `known_to` names what the vocabulary belongs to."""
+        lines = [f"{self.n_matched:,} of {self.n_named:,} gene names ({self.share:.1%}) are known to {known_to}: {self.n_genes:,} genes"]
         if self.n_named < self.n_columns:
             lines.append(f"{self.n_columns - self.n_named:,} columns have no name")
         ways = [f"{number:,} by {HOW[how]}" for how, number in self.by_how.items() if how != "symbol"]
@@ -59,7 +64,12 @@ class MatchReport(Config):
         if self.collapsed:
             total, genes = sum(map(len, self.collapsed.values())), len(self.collapsed)
             shown = [f"{gene} ({' + '.join(names)})" for gene, names in list(self.collapsed.items())[:5]]
-            lines.append(f"columns that share a gene with another: {total:,} (for {genes:,}); counts are added: {_listed(shown, genes)}")
+            lines.append(f"columns that share a gene with another: {total:,} (for {genes:,}); {ADDED}: {_listed(shown, genes)}")
+        if self.apart:
+            shown = [f"{name} ({gene})" for name, gene in list(self.apart.items())[:5]]
+            lines.append(
+                f"names of a gene that another column stands for, which stay out: {self.n_apart:,}: {_listed(shown, self.n_apart)}"
+            )
         if self.ambiguous:
             shown = [f"{name} ({' or '.join(symbols[:4])})" for name, symbols in list(self.ambiguous.items())[:5]]
             lines.append(f"names that could be several genes and stay out: {self.n_ambiguous:,}: {_listed(shown, self.n_ambiguous)}")
@@ -71,6 +81,7 @@ class MatchReport(Config):
         """Return plain values for JSON and for `uns`: gene names are never keys, because h5ad reads a slash in a key as a folder."""
         values = self.model_dump() | {"share": self.share}
         values["collapsed"] = [f"{gene}: {', '.join(names)}" for gene, names in self.collapsed.items()]
+        values["apart"] = [f"{name}: {gene}" for name, gene in self.apart.items()]
         values["ambiguous"] = [f"{name}: {', '.join(symbols)}" for name, symbols in self.ambiguous.items()]
         return values
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import annformer
-from annformer.data.partial import PartialRows, discard
+from annformer.data.partial import PartialRows, discard, rows_done
 from annformer.errors import InputError, input_error
 
 logger = logging.getLogger(__name__)
@@ -24,11 +24,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLE = 1 << 20
 
 
+class AnotherWayError(InputError):
+    """The user's input cannot be used in this way; with another option it can, and the work done is good for that."""
+
+
 class Output:
     """The output `path_out` of a long job on `path_in`, and `<path_out>.partial` with what is done of it.
 
     As a context: entering checks, before any work, that the output may be written. Leaving by an exception leaves nothing at `path_out`;
-    the work done stays in the partial folder if it is worth going on with: some is done, and the input was not to blame.
+    the work done stays in the partial folder if it is worth going on with: some is done, and the input was not to blame (or only in the
+    way it was asked for).
     """
 
     def __init__(self, path_in: Path, path_out: Path, *, overwrite: bool) -> None:
@@ -47,6 +52,7 @@ class Output:
         if out.exists() and not self.overwrite:
             found = f"{out} exists already"
             raise input_error(found, "a new file", "choose another name, or replace it with overwrite=True (--overwrite)")
+        self._require_replaceable()
         self._found_partial = self.partial.is_dir()
         try:
             self.partial.mkdir(exist_ok=True)
@@ -57,6 +63,17 @@ class Output:
             raise input_error(found, "an existing folder that you may write to", "make the folder, or choose another output") from error
         self._lock()
         return self
+
+    def _require_replaceable(self) -> None:
+        """Only what a run like this may have written is ever replaced, and never what holds the input."""
+        out = self.path_out
+        is_store = out.suffix == ".zarr" and any((out / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs"))
+        if out.is_dir() and not is_store:
+            found = f"{out} is a folder and not a zarr store"
+            raise input_error(found, "a file or a zarr store to replace", "choose another name")
+        if out.resolve() in self.path_in.resolve().parents:
+            found = f"the input {self.path_in} lies inside the output {out}"
+            raise input_error(found, "an output beside the input", "choose another output")
 
     def _lock(self) -> None:
         """Keep a second run away from the same output; the system lets go when this process ends, however it ends."""
@@ -80,15 +97,23 @@ class Output:
             raise input_error(found, "room for the output", "free space, choose another disk, or write less with content='embedding'")
 
     def begin(self, job: Mapping[str, Any], shape: tuple[int, int], *, resume: bool) -> PartialRows:
-        """Rows to fill: those of the interrupted run when `resume` is set and there is one, else new ones."""
+        """Rows to fill: those of the interrupted run when `resume` is set and there is one, else new ones.
+
+        Work done is not discarded unless `overwrite` is set.
+        """
         job = {"version": annformer.__version__, **job, **_identity(self.path_in)}
         self._remove(self.result)
         if self._found_partial and resume:
             self._rows = PartialRows.resume(self.partial, job, shape)
             logger.info("going on after %s of %s cells", f"{self._rows.done:,}", f"{shape[0]:,}")
             return self._rows
+        done = rows_done(self.partial) if self._found_partial else 0
+        if done and not self.overwrite:
+            found = f"an earlier run did {done:,} of {shape[0]:,} cells and left them in {self.partial}"
+            remedy = "go on with them by resume=True (--resume), or discard them by overwrite=True (--overwrite)"
+            raise input_error(found, "a word on what should become of them", remedy)
         if self._found_partial:
-            logger.warning("discarding the unfinished work in %s; resume=True (--resume) would have gone on with it", self.partial)
+            logger.warning("discarding the unfinished work in %s (%s cells)", self.partial, f"{done:,}")
             for name in ("rows.npy", "journal.json"):
                 self._remove(self.partial / name)
         self._rows = PartialRows(self.partial, job, shape)
@@ -101,7 +126,8 @@ class Output:
         self.result.replace(self.path_out)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        worth_keeping = error is not None and not isinstance(error, InputError) and self._safe()
+        blames_input = isinstance(error, InputError) and not isinstance(error, AnotherWayError)
+        worth_keeping = error is not None and not blames_input and self._safe()
         if self._rows is not None:
             self._rows.close()
         os.close(self._held)

@@ -7,31 +7,31 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from anndata import AnnData, ImplicitModificationWarning
 from jaxtyping import Bool, Float
 
 import annformer
 from annformer.data.anndata import AnnDataSource
-from annformer.data.write import Addition, Content, write_copy
+from annformer.data.write import Addition, Content, foreign_record, require_place, write_copy
 from annformer.errors import AnnformerWarning, input_error
 from annformer.genes import GeneMatch
 from annformer.inference import encode_cells, estimate
 from annformer.scgpt import ScGPT
-from annformer.tasks._output import Output
+from annformer.tasks._output import AnotherWayError, Output
 from annformer.tokenizer import TokenizerSettings
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
 Empty = Literal["nan", "error", "drop"]
 
+FEW_GENES = 0.5
+"""Share of the columns below which a warning says how few are read."""
 ESTIMATE_ABOVE = 2_000
 """Cells from which on a few are timed first."""
 FLUSH_EVERY = 4_096
@@ -61,7 +61,8 @@ def embed(
     Parameters
     ----------
     adata
-        Raw counts, or what is left of them; where they are is found out and logged.
+        Raw counts, or what is left of them; where they are is found out and logged. A view becomes an AnnData of its own when the
+        embedding is written into it.
     model
         A loaded model, a model folder, or the name of a checkpoint.
     gene_key
@@ -78,7 +79,7 @@ def embed(
         What becomes of cells without any expressed gene that the model knows: a row of NaN and a warning, an error, or left out (only
         with `copy`).
     device
-        Where to compute, such as "cuda"; None: where the model is.
+        Where to compute, such as "cuda"; None: where the model is. A loaded model is moved there and stays there.
     workers
         Threads that read ahead; 0: none.
     progress
@@ -94,24 +95,26 @@ def embed(
     _check_key(key_added)
     _check_choice("empty", empty, ("nan", "error", "drop"))
     _check_least("workers", workers, 0)
-    if empty == "drop" and not copy:
-        found = "empty='drop' would take cells out of your AnnData"
-        raise input_error(found, "copy=True beside it", "pass copy=True, or use empty='nan'")
+    _check_target(adata, empty, copy=copy)
     model = _loaded(model, device)
     source = AnnDataSource(adata, gene_key=gene_key, layer=layer, orthologs=orthologs)
     settings = _settings(model, max_length, seed)
     match = _matched(source, model)
     rows = np.empty((source.n_obs, model.config.model.width), dtype=np.float32)
     written = 0
-    for run in _embeddings(model, source, settings, empty=empty, workers=workers, progress=progress):
+    for run in _embeddings(model, source, settings, workers=workers, progress=progress):
+        if empty == "error":
+            _refuse_empty(run, written, source.obs_names)
         rows[written : written + len(run)] = run
         written += len(run)
     keep = ~np.isnan(rows[:, 0])
     _require_some(keep)
     _warn_empty(np.flatnonzero(~keep), source.obs_names, empty)
+    record = _record(model, settings, source, match, keep)
     target = adata.copy() if copy else adata
-    target.obsm[key_added] = rows
-    target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: _record(model, settings, source, match, keep)}
+    with _no_word_on_views() if target.is_view else nullcontext():
+        target.obsm[key_added] = rows
+    target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}
     if not copy:
         return None
     return target[keep].copy() if empty == "drop" and not keep.all() else target
@@ -153,10 +156,9 @@ def embed_file(
     threads
         Threads of the network; None: as torch is set.
     resume
-        Go on with an interrupted run, if there is one; refused when model, settings or input are not the same. Without it such work is
-        discarded.
+        Go on with an interrupted run, if there is one; refused when model, settings or input are not the same.
     overwrite
-        Replace `path_out` when it exists, at the end.
+        Replace `path_out` when it exists, at the end; without `resume`, discard the work of an interrupted run, which is refused otherwise.
 
     Other parameters are those of `embed`.
 
@@ -172,6 +174,8 @@ def embed_file(
     output = Output(Path(path_in), Path(path_out), overwrite=overwrite)
     with output, _torch_threads(threads):
         source = AnnDataSource(output.path_in, gene_key=gene_key, layer=layer, orthologs=orthologs)
+        if content == "all":
+            require_place(source.container, output.path_in)
         model = _loaded(model, device)
         settings = _settings(model, max_length, seed)
         match = _matched(source, model)
@@ -179,13 +183,17 @@ def embed_file(
         output.require_room(shape, copied=content == "all")
         job = {"model": model.fingerprint, **settings.model_dump(), "counts": source.counts.where, "genes": _hash(match)}
         rows = output.begin(job, shape, resume=resume)
-        for run in _embeddings(model, source, settings, empty=empty, start=rows.done, workers=workers, progress=progress):
+        for run in _embeddings(model, source, settings, start=rows.done, workers=workers, progress=progress):
+            if empty == "error":
+                _refuse_empty(run, rows.done + rows.unsafe, source.obs_names)
             rows.append(run)
             if rows.unsafe >= FLUSH_EVERY:
                 rows.flush()
         rows.flush()
         keep = np.concatenate([~np.isnan(block[:, 0]) for block in rows.blocks()])
         _require_some(keep)
+        if empty == "error" and not keep.all():  # done by a run that allowed them
+            raise _empty_error(np.flatnonzero(~keep), source.obs_names)
         _warn_empty(np.flatnonzero(~keep), source.obs_names, empty)
         record = _record(model, settings, source, match, keep)
         addition = Addition(key_added, shape, rows.blocks, record)
@@ -220,10 +228,16 @@ def _settings(model: ScGPT, max_length: int | None, seed: int | None) -> Tokeniz
 
 def _matched(source: AnnDataSource, model: ScGPT) -> GeneMatch:
     """Match the genes; refuse what this task cannot give the model."""
-    if model.config.model.input_norm == "domain" or model.config.model.batch_context:
-        found = f"the model {model.name} was fine-tuned with a batch label for every cell"
-        raise input_error(found, "a model that reads genes and values only", "embed with the pretrained model it was made from")
-    return source.match(model.vocab)
+    model.require_no_batch()
+    match = source.match(model.vocab)
+    if match.share < FEW_GENES:
+        shares = f"only {match.share:.0%} of the columns ({(match.ids >= 0).sum():,}) are genes that the model knows"
+        msg = f"{source.name}: {shares}; the others are not read. `annformer inspect` shows the names, gene_key (--gene_key) chooses others"
+        warnings.warn(msg, AnnformerWarning, stacklevel=3)
+    if source.counts.kind not in ("counts", "log-normalised"):
+        msg = f"{source.name}: {source.counts.where} is {source.counts.kind}, not counts: {source.counts.note}"
+        warnings.warn(msg, AnnformerWarning, stacklevel=3)
+    return match
 
 
 def _embeddings(
@@ -231,7 +245,6 @@ def _embeddings(
     source: AnnDataSource,
     settings: TokenizerSettings,
     *,
-    empty: Empty,
     start: int = 0,
     workers: int = 1,
     progress: bool | None = None,
@@ -243,10 +256,16 @@ def _embeddings(
     with _progress_bar(source.n_obs, start, progress=progress) as advance:
         runs = encode_cells(model, source, settings=settings, start=start, workers=workers, advance=advance)
         with closing(runs):  # type: ignore[type-var]  # a generator
-            for where, states in runs:
-                if empty == "error" and np.isnan(states[:, 0]).any():
-                    raise _empty_error(where[np.isnan(states[:, 0])], source.obs_names)
+            for _, states in runs:
                 yield states / np.linalg.norm(states, axis=1, keepdims=True)
+
+
+@contextmanager
+def _no_word_on_views() -> Iterator[None]:
+    """A view that is written into becomes an object of its own: that is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield
 
 
 @contextmanager
@@ -319,9 +338,16 @@ def _warn_empty(rows: np.ndarray, names: np.ndarray, empty: Empty) -> None:
         warnings.warn(msg, AnnformerWarning, stacklevel=3)
 
 
-def _empty_error(rows: np.ndarray, names: np.ndarray) -> ValueError:
-    remedy = "filter them out, or say what should become of them: empty='nan' or 'drop' (--empty)"
-    return input_error(f"{_named(rows, names)} no expressed gene that the model knows", "expressed genes in every cell", remedy)
+def _refuse_empty(run: Float[np.ndarray, "cell width"], first: int, names: np.ndarray) -> None:
+    empty = np.flatnonzero(np.isnan(run[:, 0]))
+    if len(empty):
+        raise _empty_error(first + empty, names)
+
+
+def _empty_error(rows: np.ndarray, names: np.ndarray) -> AnotherWayError:
+    remedy = "filter them out, or say what should become of them: empty='nan' or 'drop' (--empty), then resume (--resume) goes on"
+    message = input_error(f"{_named(rows, names)} no expressed gene that the model knows", "expressed genes in every cell", remedy)
+    return AnotherWayError(str(message))
 
 
 def _named(rows: np.ndarray, names: np.ndarray) -> str:
@@ -334,6 +360,22 @@ def _check_key(key_added: str) -> None:
     if not key_added or "/" in key_added:  # HDF5 and zarr would make folders of it
         found = f"key_added={key_added!r}"
         raise input_error(found, "a name without '/'", "choose another key_added")
+
+
+def _check_target(adata: AnnData, empty: Empty, *, copy: bool) -> None:
+    """Refuse before any work what could not be written into `adata` after it."""
+    if empty == "drop" and not copy:
+        found = "empty='drop' would take cells out of your AnnData"
+        raise input_error(found, "copy=True beside it", "pass copy=True, or use empty='nan'")
+    if not isinstance(adata, AnnData):
+        found = f"data of type {type(adata).__name__}"
+        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad, or use embed_file from file to file")
+    if adata.isbacked and (adata.is_view or copy):
+        found = "a view of a backed AnnData" if adata.is_view else "copy=True of a backed AnnData"
+        raise input_error(found, "an AnnData that can be written to in memory", "pass adata.to_memory(), or use embed_file")
+    if not isinstance(adata.uns.get("annformer", {}), Mapping):
+        name = "your AnnData"
+        raise foreign_record(name)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from annformer.checkpoints import CHECKPOINTS
 from annformer.data.anndata import AnnDataSource
 from annformer.data.counts import look, open_matrix
 from annformer.data.formats import Container, open_container
 from annformer.errors import InputError
 from annformer.genes import GeneMatch, best_gene_column, match_genes, table_vocab
 from annformer.inference import estimate
-from annformer.scgpt import ScGPT
+from annformer.scgpt import ScGPT, is_checkpoint_name, locate
 from annformer.tokenizer import TokenizerSettings
 from annformer.vocab import GeneVocab
 
@@ -79,7 +78,8 @@ def inspect(
     Parameters
     ----------
     source
-        Cells (AnnData, h5ad, zarr, 10x h5 or mtx folder) or a model (our folder, the authors', a named checkpoint).
+        Cells (AnnData, h5ad, zarr, 10x h5 or mtx folder) or a model (our folder, the authors', a named checkpoint, a
+        repository on the Hub).
     model
         Model for which the cells are meant: its vocabulary and cell length are what they are held against, and the time of embedding is
         measured. None: the gene table that ships with the package, the default length, no time.
@@ -152,11 +152,21 @@ def _inspect_cells(name: str, cells: AnnDataSource, model: ScGPT | None) -> Insp
         facts["cells"], more = _cell_facts(cells, values, vocab, settings, usable=not _stopped(findings))
         findings += more
     facts["obs columns"] = _obs_facts(values)
+    findings += _batch_findings(model)
     if model and not _stopped(findings):
         took = estimate(model, cells)
         facts["embedding"] = {"seconds": took.seconds, "memory_bytes": took.memory_bytes, "in words": took.lines()}
     findings += _value_findings(values)
     return Inspection(name, "cells", facts, tuple(sorted(findings, key=lambda finding: finding.weight == "odd")))
+
+
+def _batch_findings(model: ScGPT | None) -> list[Finding]:
+    try:
+        if model:
+            model.require_no_batch()
+    except InputError as error:
+        return [Finding("stops", str(error))]
+    return []
 
 
 def _stopped(findings: list[Finding]) -> bool:
@@ -211,7 +221,7 @@ def _gene_facts(match: GeneMatch, values: dict[str, Any], model: ScGPT | None) -
         "first": values["first_genes"],
         "held against": against,
         "share": match.share,
-        "match": match.report().lines(),
+        "match": match.report().lines("the model" if model else "the gene table"),
     }
 
 
@@ -267,19 +277,23 @@ def _obs_facts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_model(source: str | Path) -> bool:
-    path = Path(source)
-    return any((path / name).exists() for name in MODEL_FILES) or (not path.exists() and str(source) in CHECKPOINTS)
+    path = Path(source).expanduser()
+    if path.exists():
+        return any((path / name).exists() for name in MODEL_FILES)
+    is_file_name = path.suffix[1:2].isalpha()  # as in data/cells.h5ad, which could else be a repository on the Hub
+    return is_checkpoint_name(source) and not is_file_name
 
 
 def _inspect_model(source: str | Path) -> Inspection:
-    model = ScGPT.from_pretrained(source)
+    folder = locate(source)
+    model = ScGPT.from_pretrained(folder)
     config = model.config
-    theirs = (Path(source) / "args.json").exists()
+    theirs = not (folder / "config.json").is_file()
     facts: dict[str, dict[str, Any]] = {
         "model": {
             "format": "the authors' folder" if theirs else f"annformer, format {config.format}",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "size_bytes": _size(Path(source)),
+            "size_bytes": _size(folder),
         },
         "network": config.model.model_dump(),
         "vocabulary": {"tokens": len(model.vocab), "genes": len(model.vocab.genes), "first": list(model.vocab.genes[:5])},
@@ -287,7 +301,7 @@ def _inspect_model(source: str | Path) -> Inspection:
         "objectives": {name: objective.model_dump() for name, objective in config.objectives.items()},
         "provenance": {"said": config.provenance} if isinstance(config.provenance, str) else dict(config.provenance),
     }
-    return Inspection(str(source), "model", facts)
+    return Inspection(str(source), "model", facts, tuple(_batch_findings(model)))
 
 
 def as_words(name: str, value: Any) -> str:
