@@ -325,7 +325,7 @@ def prove(parity_folder: str | Path) -> dict[str, float]:
     folder = Path(parity_folder)
     groups = {"forward": _prove_forward, "generative": _prove_generative, "train_traj": _prove_training}
     differences = {name: check(folder / "a_pretrain") for name, check in groups.items()}
-    optional = {"binning": _prove_binning, "tokenization": _prove_collator, "embed_data": _prove_embedding}
+    optional = {"binning": prove_binning, "tokenization": prove_collator, "embed_data": _prove_embedding}
     differences |= {name: check(folder) for name, check in optional.items() if (folder / name).is_dir()}
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
@@ -390,7 +390,7 @@ def _prove_training(folder: Path) -> float:
     return max(worst)
 
 
-def _prove_binning(folder: Path) -> float:
+def prove_binning(folder: Path) -> float:
     golden, wrong = np.load(folder / "binning" / "binning.npz"), 0
     for name in [name[:-6] for name in golden.files if name.endswith(".input")]:
         for n_bins in (51, 11, 5):
@@ -399,7 +399,7 @@ def _prove_binning(folder: Path) -> float:
     return float(wrong)
 
 
-def _prove_collator(folder: Path) -> float:
+def prove_collator(folder: Path) -> float:
     inputs, wrong = np.load(folder / "tokenization" / "collator_inputs.npz"), 0
     for path in sorted((folder / "tokenization").glob("collator_*_sample_*.npz")):
         style, length = path.stem.split("_")[1::2]

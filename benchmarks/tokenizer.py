@@ -23,7 +23,7 @@ from _timing import Timing, alternate, cpu_ratio, machine, print_table, ratio
 from annformer.masking import ask, hide_values
 from annformer.tokenizer import TokenizerSettings, tokenize
 from annformer.tokens import CellBatch, TokenBatch
-from original import PAD_VALUE, CellDataset, Collator, _prove_binning, _prove_collator
+from original import PAD_VALUE, CellDataset, Collator, prove_binning, prove_collator
 
 N_GENES, CLS_ID, PAD_ID = 20_000, 100_000, 100_001
 FEW, MANY = 64, 4096
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
-    if _prove_binning(options.parity) or _prove_collator(options.parity):
+    if prove_binning(options.parity) or prove_collator(options.parity):
         sys.exit("benchmarks/original.py does not reproduce the original's bins and batches: no ratio is printed")
     torch.set_num_threads(1)
     counts = synthetic_counts(MANY)
