@@ -46,7 +46,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(16, 2, 1, 4, (0.0, 0.0)),
     "128": Size(128, 4, 6, 64, (5.0, 2.5)),
-    "512": Size(512, 8, 12, 16, (2.3, 1.3)),
+    "512": Size(512, 8, 12, 4, (2.3, 1.3)),
 }
 
 
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["128", "512"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cells", type=int, help="cells per block; by default 64 for 128 wide, 16 for 512 wide")
+    parser.add_argument("--cells", type=int, help="cells per block; by default 64 for 128 wide, 4 for 512 wide")
     parser.add_argument("--n_tokens", type=int, default=N_TOKENS, help="size of the vocabulary")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     options = parser.parse_args(arguments)
