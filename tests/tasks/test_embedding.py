@@ -691,3 +691,26 @@ def test_killed_process_goes_on_to_the_same_bits(tiny_adata, tiny_model, tmp_pat
     one, two = (anndata.read_h5ad(tmp_path / name).obsm[KEY] for name in ("whole.h5ad", "out.h5ad"))
     np.testing.assert_array_equal(one, two)
     assert not journal.exists()
+
+
+def test_resume_of_a_run_killed_before_anything_was_safe_begins_anew(path_in, tiny_model, tmp_path):
+    embed_file(path_in, tmp_path / "whole.h5ad", tiny_model)
+    partial = tmp_path / "out.h5ad.partial"
+    partial.mkdir()
+    (partial / "rows.npy").write_bytes(b"what a kill left of the first rows")
+    embed_file(path_in, tmp_path / "out.h5ad", tiny_model, resume=True)
+    one, two = (anndata.read_h5ad(tmp_path / name).obsm[KEY] for name in ("whole.h5ad", "out.h5ad"))
+    np.testing.assert_array_equal(one, two)
+    assert not partial.exists()
+
+
+def test_slow_work_is_made_safe_by_the_clock(path_in, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "FLUSH_SECONDS", 0.0)
+    safe = []
+    from annformer.data.partial import PartialRows
+
+    flush = PartialRows.flush
+    monkeypatch.setattr(PartialRows, "flush", lambda rows: (flush(rows), safe.append(rows.done))[0])
+    embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
+    assert len(safe) > 1
+    assert safe[-1] == 60

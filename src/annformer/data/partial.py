@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from annformer.errors import InputError, input_error
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _BLOCK_BYTES = 1 << 24
@@ -130,3 +134,22 @@ def _read_journal(folder: Path) -> dict[str, Any]:
         found = f"{path} is missing or is not a journal of this version of annformer"
         raise input_error(found, "the journal of an interrupted run", "run again without resume (--resume) to begin anew")
     return journal
+
+
+def hold(folder: Path, out: Path) -> int:
+    """Keep a second run away from the unfinished work in `folder`, which will become `out`.
+
+    Returns
+    -------
+    An open descriptor: closing it lets go, and so does the system when this process ends, however it ends.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        found = f"another run is writing {out} just now"
+        raise input_error(found, "one run for one output", "wait for it, or choose another output") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.debug("no lock on %s: %s", folder, error)
+    return held

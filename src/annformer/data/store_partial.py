@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from annformer.data.partial import hold
 from annformer.data.store import MANIFEST, StoreManifest
 from annformer.errors import InputError, input_error
 from annformer.vocab import GeneVocab
@@ -75,20 +75,8 @@ class PartialStore:
         except OSError as error:
             found = f"nothing can be written to the folder {self.out.parent} ({error.strerror})"
             raise input_error(found, "an existing folder that you may write to", "make the folder, or choose another output") from error
-        self._lock()
+        self._held = hold(self.folder, self.out)
         return self
-
-    def _lock(self) -> None:
-        """Keep a second run away; the system lets go when this process ends, however it ends."""
-        self._held = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._held)
-            found = f"another run is writing {self.out} just now"
-            raise input_error(found, "one run for one output", "wait for it, or choose another output") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.debug("no lock on %s: %s", self.folder, error)
 
     def require_room(self, n_bytes: int) -> None:
         """Refuse at once when the disk cannot hold the store; buckets go as shards come."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -15,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import annformer
-from annformer.data.partial import PartialRows, discard, rows_done
+from annformer.data.partial import PartialRows, discard, hold, rows_done
 from annformer.errors import InputError, input_error
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Output:
         except OSError as error:
             found = f"nothing can be written to the folder {out.parent} ({error.strerror})"
             raise input_error(found, "an existing folder that you may write to", "make the folder, or choose another output") from error
-        self._lock()
+        self._held = hold(self.partial, self.path_out)
         return self
 
     def _require_replaceable(self) -> None:
@@ -74,18 +73,6 @@ class Output:
         if out.resolve() in self.path_in.resolve().parents:
             found = f"the input {self.path_in} lies inside the output {out}"
             raise input_error(found, "an output beside the input", "choose another output")
-
-    def _lock(self) -> None:
-        """Keep a second run away from the same output; the system lets go when this process ends, however it ends."""
-        self._held = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._held)
-            found = f"another run is writing {self.path_out} just now"
-            raise input_error(found, "one run for one output", "wait for it, or choose another output") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.debug("no lock on %s: %s", self.partial, error)
 
     def require_room(self, shape: tuple[int, int], *, copied: bool) -> None:
         """Refuse at once when the disk cannot hold the embedding twice (while it is written) and, if `copied`, the input once more."""
@@ -103,7 +90,7 @@ class Output:
         """
         job = {"version": annformer.__version__, **job, **_identity(self.path_in)}
         self._remove(self.result)
-        if self._found_partial and resume:
+        if self._found_partial and resume and (self.partial / "journal.json").exists():  # killed before its first flush: nothing is safe
             self._rows = PartialRows.resume(self.partial, job, shape)
             logger.info("going on after %s of %s cells", f"{self._rows.done:,}", f"{shape[0]:,}")
             return self._rows

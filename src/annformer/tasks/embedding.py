@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -36,6 +37,8 @@ ESTIMATE_ABOVE = 2_000
 """Cells from which on a few are timed first."""
 FLUSH_EVERY = 4_096
 """Cells after which the work done is made safe on the disk."""
+FLUSH_SECONDS = 30.0
+"""Seconds after which it is made safe even when that many cells have not come: a kill loses no more than this, however slow the model."""
 
 
 def embed(
@@ -183,12 +186,14 @@ def embed_file(
         output.require_room(shape, copied=content == "all")
         job = {"model": model.fingerprint, **settings.model_dump(), "counts": source.counts.where, "genes": _hash(match)}
         rows = output.begin(job, shape, resume=resume)
+        flushed = time.monotonic()
         for run in _embeddings(model, source, settings, start=rows.done, workers=workers, progress=progress):
             if empty == "error":
                 _refuse_empty(run, rows.done + rows.unsafe, source.obs_names)
             rows.append(run)
-            if rows.unsafe >= FLUSH_EVERY:
+            if rows.unsafe >= FLUSH_EVERY or time.monotonic() - flushed > FLUSH_SECONDS:
                 rows.flush()
+                flushed = time.monotonic()
         rows.flush()
         keep = np.concatenate([~np.isnan(block[:, 0]) for block in rows.blocks()])
         _require_some(keep)
