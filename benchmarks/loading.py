@@ -1,6 +1,9 @@
-"""Reading random cells from a store, and reading + tokenizing them, as pretraining does. One process, one thread.
+"""Reading random cells from a store; whole training batches, made in the training process or by loading processes. One thread each.
 
-    python benchmarks/loading.py [--store STORE] [--cells 100000]
+    python benchmarks/loading.py [--store STORE] [--cells 100000] [--tokens_per_step 65536]
+
+The first table is about calls: 64 cells at a time. The second is about steps as a run has them: rows from the plan, reading, tokenizing,
+packing, asking, and with loading processes the way to the training process.
 
 Without a store one is made of synthetic counts (20,000 genes, about 1,885 expressed in a cell) in a temporary folder: one shard of 4,096
 cells, listed so often that the store has the cells asked for. That is enough for the clock, as all of it lies in the page cache; a store
@@ -27,9 +30,12 @@ from annformer.data.store import MANIFEST, StoreSource
 from annformer.data.store_writer import write_store
 from annformer.genes import table_vocab
 from annformer.tokenizer import TokenizerSettings, tokenize
+from annformer.train.config import TrainConfig
+from annformer.train.datamodule import CellDataModule
 from tokenizer import N_GENES, synthetic_counts
 
 CELLS, CALLS, SHARD_CELLS = 64, 16, 4096
+STEPS = 16
 BAR = 12_000
 
 
@@ -100,12 +106,41 @@ def table_rows(took: dict[str, Timing]) -> list[list[object]]:
     return rows
 
 
+class Steps:
+    """Takes the steps of a run one after another, `STEPS` in every round."""
+
+    def __init__(self, store: StoreSource, tokens_per_step: int, workers: int) -> None:
+        config = TrainConfig(epochs=1000, tokens_per_step=tokens_per_step, tokens_per_forward=32_768, workers=workers)
+        self.data = CellDataModule(store, store.vocab, TokenizerSettings(), config)
+        self.items = iter(self.data.train_dataloader()) if workers else ((step, self.data.step_batches(step)) for step in range(10**9))
+        self.cells: list[int] = []
+
+    def __call__(self, _round: int) -> None:
+        self.cells.append(sum(tokens.n_cells for _ in range(STEPS) for tokens in next(self.items)[1]))
+
+
+def step_rows(store: StoreSource, tokens_per_step: int, rounds: int) -> list[list[object]]:
+    """Each way by itself: loading processes that wait for their turn would have worked ahead."""
+    rows = []
+    for workers in (0, 1, 2):
+        steps = Steps(store, tokens_per_step, workers)
+        took = alternate({"": steps}, n=rounds, warm_up=2)[""]
+        rates = sorted(cells / seconds for cells, seconds in zip(steps.cells[2:], took.wall, strict=True))
+        wall = rates[len(rates) // 2]
+        in_cpu = sum(steps.cells[2:]) / sum(took.cpu)
+        per_step = sum(steps.cells) / len(steps.cells) / STEPS
+        del steps
+        rows.append([workers, per_step, wall, in_cpu, "" if workers else BAR, "" if workers else wall >= BAR])
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make a store, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, help="a store made by `annformer prepare`; by default synthetic cells")
     parser.add_argument("--cells", type=int, default=100_000, help="cells of the synthetic store")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens_per_step", type=int, nargs="+", default=[8_192, 65_536])
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         took = alternate(ways(store, rows), n=options.rounds)
         title = f"{CELLS} random cells at a time from {store.n_obs:,} with {store.lengths.mean():,.0f} genes on average. One thread."
         print_table(title, ["way", "cells/s", "cells/CPU-s", "bar", "met"], table_rows(took))
+        for tokens in options.tokens_per_step:
+            columns = ["loading processes", "cells/step", "cells/s", "cells/CPU-s of the training process", "bar", "met"]
+            print_table(f"Training batches, {tokens:,} tokens a step.", columns, step_rows(store, tokens, options.rounds))
     print(f"\nMedians of {options.rounds} alternating rounds; `Table.take` over at most 100 shards. {machine()}.")
 
 

@@ -182,18 +182,21 @@ def masked_mse(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return F.mse_loss(predicted * mask, target * mask, reduction="sum") / mask.sum()
 
 
-def generative_losses(model: Original, perceived: Tensor, values: Tensor, asked: Tensor, target: Tensor) -> list[Tensor]:
-    """Return the losses of both passes of a pretraining step: asked values, the same from the cell, asked values from the given cell."""
+def generative_losses(
+    model: Original, perceived: Tensor, values: Tensor, asked: Tensor, target: Tensor, *, passes: int = 2
+) -> list[Tensor]:
+    """Return the losses of a pretraining step: asked values, the same from the cell, in a second pass asked values from the given cell."""
     valid = asked != model.pad_id
     first = model.generate(perceived, values, asked)
-    second = model.generate(perceived, values, asked, first.cell.detach(), decode_cell=False)
-    from_cell = first.from_cell[:, perceived.shape[1] :]
-    return [masked_mse(predicted, target, valid) for predicted in (first.values, from_cell, second.values)]
+    predictions = [first.values, first.from_cell[:, perceived.shape[1] :]]
+    if passes == 2:
+        predictions.append(model.generate(perceived, values, asked, first.cell.detach(), decode_cell=False).values)
+    return [masked_mse(predicted, target, valid) for predicted in predictions]
 
 
-def training_step(model: Original, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> list[Tensor]:
-    """One step of the authors' generative pretraining: both passes, clipping at 1, Adam."""
-    losses = generative_losses(model, *batch)
+def training_step(model: Original, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor], *, passes: int = 2) -> list[Tensor]:
+    """One step of the authors' generative pretraining: one pass or both, clipping at 1, Adam."""
+    losses = generative_losses(model, *batch, passes=passes)
     optimizer.zero_grad()
     sum(losses).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

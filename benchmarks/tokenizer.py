@@ -79,8 +79,8 @@ def as_original_sliced(counts: csr_array, round_: int) -> dict[str, torch.Tensor
     return Collator(PAD_ID, SETTINGS.max_length)(cells)
 
 
-def ours(batches: list[CellBatch], _: int) -> list[TokenBatch]:
-    return [tokenize(batch, SETTINGS, cls_id=CLS_ID) for batch in batches]
+def ours(batches: list[CellBatch], _: int, settings: TokenizerSettings = SETTINGS) -> list[TokenBatch]:
+    return [tokenize(batch, settings, cls_id=CLS_ID) for batch in batches]
 
 
 def cells_of(counts: csr_array) -> CellBatch:
@@ -111,6 +111,16 @@ def tokenizing_rows(name: str, counts: csr_array, rounds: int) -> Iterator[list[
         yield [name, counts.nnz // counts.shape[0], n_cells, *speeds, found, ratio(theirs, mine), bar, met]
 
 
+def zeros_rows(counts: csr_array, rounds: int) -> Iterator[list[object]]:
+    batches = {FEW: [cells_of(counts[i * FEW : (i + 1) * FEW]) for i in range(CALLS)], MANY: [cells_of(counts)]}
+    for zeros in (1.0, "all"):
+        settings = SETTINGS.with_(zeros=zeros)
+        ways = {str(n_cells): partial(ours, some, settings=settings) for n_cells, some in batches.items()}
+        for (n_cells, some), timing in zip(batches.items(), alternate(ways, n=rounds).values(), strict=True):
+            speed = 1 / per_cell(timing, n_cells * len(some)).cpu_seconds
+            yield [f"counts, zeros {zeros}", counts.nnz // counts.shape[0], n_cells, "", "", speed, "", "", "", ""]
+
+
 def masking_rows(counts: csr_array, rounds: int) -> Iterator[list[object]]:
     tokens = tokenize(cells_of(counts[:FEW]), SETTINGS, cls_id=CLS_ID)
     ways = {
@@ -139,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data:
         sets["pbmc3k counts"] = real_counts(options.data, MANY)
     rows = [row for name, cells in sets.items() for row in tokenizing_rows(name, cells, options.rounds)]
+    rows += zeros_rows(counts, options.rounds)
     rows += masking_rows(counts, options.rounds)
     speeds = ["dense rows, cells/CPU-s", "CSR slices, cells/CPU-s", "annformer, cells/CPU-s"]
     columns = ["values", "genes / cell", "cells / call", *speeds, "ratio", "ratio (wall)", "bar", "met"]

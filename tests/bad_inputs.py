@@ -31,6 +31,16 @@ class Kit:
         changed = None if change is None else change(adata)
         (adata if changed is None else changed).write_h5ad(self.folder / "cells.h5ad")
 
+    def experiment(self, change: Callable[[AnnData], None] | None = None, layer: str = "raw") -> None:
+        """Write cells after `change` as a SOMA experiment `exp/`."""
+        import tiledbsoma.io
+
+        adata = self.adata()
+        adata.obs["tissue"] = "blood"
+        if change is not None:
+            change(adata)
+        tiledbsoma.io.from_anndata(str(self.folder / "exp"), adata, measurement_name="RNA", X_layer_name=layer)
+
     def tensors(self, change: Callable[[dict[str, np.ndarray]], object]) -> None:
         """Change the weights of `model/`."""
         tensors = load_file(self.folder / "model" / "model.safetensors")
@@ -54,6 +64,8 @@ class Row:
     words: tuple[str, ...]
     make: Callable[[Kit], object] = Kit.cells
     skip_root: bool = False
+    needs: str | None = None
+    """An optional package."""
 
 
 EMBED = "embed cells.h5ad --model model --out out.h5ad"
@@ -236,7 +248,7 @@ MODELS = [
 WORDS = [
     Row("unknown command", "embde cells.h5ad", ("embde", "did you mean embed")),
     Row("unknown option", EMBED + " --gene_kye symbol", ("--gene_kye", "did you mean --gene_key")),
-    Row("no words", "embed", ("FILE", "--model", "--out")),
+    Row("no words", "embed", ("FILE", "--out")),
     Row("no output", "embed cells.h5ad --model model", ("--out",)),
     Row("option without a value", "embed cells.h5ad --model model --out", ("--out",)),
     Row("one word too many", "embed cells.h5ad more.h5ad --model model --out out.h5ad", ("more.h5ad",)),
@@ -275,7 +287,40 @@ PLACES = [
     Row("model over other files", "convert model --out .", ("cells.h5ad",)),
 ]
 
-ROWS = CELLS + MODELS + WORDS + PLACES
+
+def _soma(name: str, argv: str, words: tuple[str, ...], make: Callable[[Kit], object] = Kit.experiment) -> Row:
+    return Row(name, f"prepare {argv} --out store", words, make, needs="tiledbsoma")
+
+
+def _negative(adata: AnnData) -> None:
+    dense = adata.X.toarray()
+    dense[3, 5] = -1
+    adata.X = csr_matrix(dense)
+
+
+def _no_manifest(kit: Kit) -> None:
+    (kit.folder / "model" / "manifest.json").write_text("{")
+
+
+EXPERIMENTS = [
+    _soma("no experiment at the address", "file:///nowhere/exp", ("no TileDB-SOMA experiment", "file:///nowhere/exp"), Kit.cells),
+    _soma("a filter that is no condition", "exp --obs_filter 'tissue = \"blood\"'", ("tissue = ", "cannot be used", "batch, cell_type")),
+    _soma("a filter on an unknown column", "exp --obs_filter 'tisue == \"blood\"'", ("tisue does not exist", "cell_type, tissue")),
+    _soma("a filter that no cell fulfils", "exp --obs_filter 'tissue == \"Blood\"'", ("no cell of exp", "Blood")),
+    _soma("a filter for files", "cells.h5ad --obs_filter 'tissue == \"blood\"'", ("no input is a SOMA experiment",), Kit.cells),
+    _soma("an experiment without the layer", "exp", ("no layer 'raw'", "'data'"), lambda kit: kit.experiment(layer="data")),
+    _soma("an experiment with a negative value", "exp", ("no raw counts", "down to -1"), lambda kit: kit.experiment(_negative)),
+    _soma("a part of an experiment", "exp/ms/RNA", ("SOMA Measurement, not an experiment",)),
+]
+
+STORES = [
+    Row("a store that is not there", "pretrain nowhere --out run", ("nowhere is not a store", "annformer prepare")),
+    Row("cells instead of a store", "pretrain cells.h5ad --out run", ("cells.h5ad is not a store", "annformer prepare")),
+    Row("a model instead of a store", "pretrain model --out run", ("model is not a store", "annformer prepare")),
+    Row("a store that is no JSON", "pretrain model --out run", ("manifest.json is not JSON",), _no_manifest),
+]
+
+ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES
 
 FINE = [
     Row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -69,6 +70,18 @@ def tiny_adata() -> MakeCells:
         return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=names))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_adata: MakeCells, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 100 cells of two studies; for reading only."""
+    from annformer.data.store_writer import write_store
+
+    folder = tmp_path_factory.mktemp("tiny_store")
+    for name, n_obs in (("blood", 60), ("lung", 40)):
+        tiny_adata(n_obs, seed=n_obs).write_h5ad(folder / f"{name}.h5ad")
+    write_store([folder / "blood.h5ad", folder / "lung.h5ad"], folder / "store")
+    return folder / "store"
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ def kit(tmp_path, monkeypatch, tiny_adata, tiny_model) -> Kit:
 def test_mistake(row: Row, kit: Kit, capsys):
     if row.skip_root and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
+    if row.needs:
+        pytest.importorskip(row.needs)
     row.make(kit)
     before = snapshot(kit.folder)
     status = main(shlex.split(row.argv))

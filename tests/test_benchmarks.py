@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
+
+import annformer
+from annformer.evaluate import clustering
+from annformer.tokens import CellBatch
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -118,6 +125,58 @@ def test_embedding_stops_when_the_networks_differ(script, tiny_adata) -> None:
             embedding.same_embeddings(original, ours, block)
 
 
+@needs_golden
+def test_training_prints_its_tables(script, tiny_adata, tmp_path, capsys) -> None:
+    tiny_adata(n_obs=8).write_h5ad(tmp_path / "cells.h5ad")
+    options = ["--sizes", "tiny", "--rounds", "2", "--cells", "4", "--n_tokens", "400"]
+    script("training").main([str(tmp_path / "cells.h5ad"), "--parity", str(GOLDEN), *options])
+    printed = capsys.readouterr().out
+    assert "reproduces its golden data" in printed
+    assert printed.count("two passes") == 1
+    assert "| no dropout on either side " in printed
+
+
+def test_training_stops_when_the_losses_differ(script, tiny_adata, monkeypatch) -> None:
+    training = script("training")
+    adata = tiny_adata(n_obs=8)
+    options = argparse.Namespace(cells=4, rounds=1, max_length=200, share=0.5)
+    vocab = training.vocabulary(adata.var_names, 400)
+    block = training.questions(adata, vocab, options)[0]
+    assert training.same_losses(training.SIZES["tiny"], vocab, block) <= 1e-5
+    monkeypatch.setattr(training, "our_losses", lambda model, tokens: [loss.mean * 1.01 for loss in model.losses(tokens).values()])
+    with pytest.raises(SystemExit, match="no ratio is printed"):
+        training.same_losses(training.SIZES["tiny"], vocab, block)
+
+
+def test_gpu_runs_from_end_to_end_on_a_cpu(script, capsys) -> None:
+    script("gpu").main(["--device", "cpu", "--tiny", "--rounds", "1", "--warm_up", "0"])
+    printed = capsys.readouterr().out
+    assert printed.count("| yes |") == 8
+    assert printed.count("| training ") == 2
+    assert printed.count("| embedding ") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_says_that_there_is_none(script, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script("gpu").main(["--check"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_attention_prints_its_table(script, capsys) -> None:
+    script("attention").main(["--rounds", "1", "--n_tokens", "24"])
+    printed = capsys.readouterr().out
+    assert printed.count("| per_cell |") == printed.count("| dense    |") == 6
+
+
+def test_attention_stops_when_the_ways_differ(script, monkeypatch) -> None:
+    attention = script("attention")
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, **_: q + k + v)
+    with pytest.raises(SystemExit, match="no ratio is printed"):
+        attention.main(["--rounds", "1", "--n_tokens", "24"])
+
+
 def test_startup_prints_its_table(script, capsys) -> None:
     script("startup").main(["--rounds", "1", "--n_tokens", "500"])
     printed = capsys.readouterr().out
@@ -129,3 +188,108 @@ def test_scripts_name_no_path_of_a_machine() -> None:
     for path in (ROOT / "benchmarks").glob("*"):
         if path.is_file():
             assert "/work" not in path.read_text(), path
+
+
+@pytest.fixture
+def held_out(tiny_adata, tiny_model, tmp_path) -> Path:
+    """A folder with two labelled sets, a model, and a store of three other studies."""
+    from annformer.data.store_writer import write_store
+    from annformer.scgpt import ScGPT
+
+    for seed, name in enumerate(("first", "second")):
+        tiny_adata(n_obs=70, seed=seed).write_h5ad(tmp_path / f"{name}.h5ad")
+    studies = [tmp_path / f"study{i}.h5ad" for i in range(3)]
+    for seed, path in enumerate(studies, 10):
+        tiny_adata(n_obs=60, seed=seed).write_h5ad(path)
+    write_store(studies, tmp_path / "store")
+    objectives = {"gep": {"kind": "gep"}, "gepc": {"kind": "gepc"}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ScGPT(tiny_model.config.with_(objectives=objectives), tiny_model.vocab).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch, capsys) -> None:
+    pretraining, clusters = script("pretraining"), script("pretraining_clusters")
+    monkeypatch.setattr(clusters, "RESOLUTIONS", (clusters.FIXED,))
+    monkeypatch.setattr(script("pretraining_fewshot"), "STRENGTHS", ("1", "1 scaled"))
+    monkeypatch.setattr(clustering, "find_spec", lambda _: None)  # k-means: the first Leiden takes seconds
+    places = [
+        "--model",
+        str(held_out / "model"),
+        "--data",
+        str(held_out),
+        "--store",
+        str(held_out / "store"),
+        "--out",
+        str(held_out / "out"),
+    ]
+    sets = ["--sets", "first", "second", "--fewshot_sets", "first", "second", "--cells", "10", "--random", "1", "--rank", "5"]
+    pretraining.main([*places, *sets, "--draws", "50", "--sizes", "12", "--steps", "3", "--seeds", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count("| mean of sets") == 4
+    assert "| CD79 " in printed
+    expression = pd.read_csv(held_out / "out" / "expression.csv").set_index("set")
+    assert expression.loc["first", "ridge"] < 1.2 * expression.loc["first", "gene mean"]
+    assert expression.loc["first", "GEP"] > 2 * expression.loc["first", "ridge"]  # weights that learned nothing predict about 0
+    assert (expression["ties"] < expression["gene mean"]).all()
+    found = pd.read_csv(held_out / "out" / "clusters.csv").set_index("set")
+    assert {"model", "random network", "PCA 50, all genes"} <= set(found.columns)
+    assert set(pd.read_csv(held_out / "out" / "fewshot_all.csv")["method"]) == {"pretrained", "from scratch", "logistic regression"}
+
+
+def test_pretraining_never_chooses_on_test_cells(script, held_out, monkeypatch) -> None:
+    few, cells = script("pretraining_fewshot"), script("pretraining_cells")
+    model = annformer.ScGPT.from_pretrained(held_out / "model")
+    task = few.read_task(cells.read_cells(held_out / "first.h5ad", None, seed=0, labelled=True), model, seed=0)
+    assert not set(task.pool) & set(task.test)
+    seen: list[np.ndarray] = []
+
+    def record(model, task, rows, **settings):
+        seen.append(rows)
+        return task.labels[rows]
+
+    monkeypatch.setattr(few, "fine_tune", record)
+    monkeypatch.setattr(few, "predict", record)
+    few.choose(model, task, 20, n_steps=1, seed=0)
+    assert len(seen) == 2 * 2 * len(few.RATES)
+    assert not set(np.concatenate(seen)) & set(task.test)
+    for seed in range(3):
+        labelled = task.labelled(20, seed)
+        assert len(set(labelled)) == 20
+        assert set(labelled) <= set(task.pool)
+        assert len(set(task.labels[labelled])) == len(task.types)
+
+
+def test_pretraining_finds_what_a_training_learned(script, held_out) -> None:
+    """Fine-tuning on many labelled cells gets above chance, and not on shuffled labels."""
+    few, cells = script("pretraining_fewshot"), script("pretraining_cells")
+    model = annformer.ScGPT.from_pretrained(held_out / "model")
+    task = few.read_task(cells.read_cells(held_out / "first.h5ad", None, seed=0, labelled=True), model, seed=0)
+    shuffled = task._replace(labels=np.random.default_rng(0).permutation(task.labels))
+    found = {}
+    for name, of in (("true", task), ("shuffled", shuffled)):
+        said = few.predict(few.fine_tune(model, of, of.pool, rate=3e-3, n_steps=40, seed=0), of, of.test)
+        found[name] = few.macro_f1(of.labels[of.test], said, len(of.types))
+    assert found["true"] > 0.7
+    assert found["shuffled"] < 0.6
+
+
+def test_tie_noise_is_the_variance_among_equal_counts(script, tiny_model) -> None:
+    expression = script("pretraining_expression")
+    counts = sp.csr_array(np.array([[1.0] * 300, np.arange(1.0, 301.0)], dtype=np.float32))
+    cells = CellBatch(counts, np.arange(300), np.arange(2), {})
+    all_equal, none_equal = expression.tie_noise(tiny_model, cells)
+    assert all_equal == pytest.approx((50**2 - 1) / 12, rel=0.1)  # bins 1 to 50, drawn evenly
+    assert none_equal == 0
+
+
+def test_bootstrap_draws_sources_whole(script, monkeypatch) -> None:
+    cells = script("pretraining_cells")
+    monkeypatch.setattr(cells, "SETS", {"a": "one", "b": "one", "c": "two"})
+    drawn = cells.resampled_mean({"a": np.array(0.0), "b": np.array(0.0), "c": np.array(3.0)}, seed=0)
+    assert set(np.round(drawn, 6)) == {0.0, 1.0, 3.0}
+    assert cells.verdict(0.9, 0.99, even=1, less_is_better=True) == "beats"
+    assert cells.verdict(0.9, 0.99, even=0, less_is_better=False) == "beats"
+    assert cells.verdict(1.01, 1.2, even=1, less_is_better=True) == "loses"
+    assert cells.verdict(-0.1, 0.1, even=0, less_is_better=False) == "ties"

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
+import shutil
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from anndata import AnnData, read_h5ad
 
 from annformer import checkpoints
-from annformer.errors import InputError
-from annformer.scgpt import ScGPT
+from annformer.cli import COMMANDS, main
+from annformer.errors import AnnformerWarning, InputError
+from annformer.scgpt import DEFAULT_MODEL, ScGPT, is_checkpoint_name
+from annformer.tasks.embedding import embed, embed_file
+from annformer.vocab import GeneVocab
 
 GOLDEN = Path(__file__).parent / "golden/a_pretrain"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -334,3 +343,112 @@ def test_failure_leaves_the_old_folder(tmp_path: Path) -> None:
         checkpoints.write_folder(tmp_path / "model", ["config.json"], fails)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model/config.json").read_text() == "new"
+
+
+@pytest.fixture
+def ships(tiny_model: ScGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands where the package's own models are; the working folder is another one."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "here").mkdir()
+    tiny_model.save_pretrained(tmp_path / "package/models/annformer-base")
+    files = checkpoints.resources.files
+    monkeypatch.setattr(checkpoints.resources, "files", lambda name: tmp_path / "package" if name == "annformer" else files(name))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "package/models/annformer-base"
+
+
+def test_a_shipped_model_needs_no_network(ships: Path, tiny_model: ScGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
+    assert ScGPT.from_pretrained("annformer-base").fingerprint == tiny_model.fingerprint
+    assert is_checkpoint_name("annformer-base")
+
+
+def test_a_shipped_name_means_the_shipped_model(ships: Path, tiny_vocab: GeneVocab, tiny_model: ScGPT) -> None:
+    other = ScGPT(tiny_model.config, tiny_vocab)
+    other.save_pretrained("annformer-base")
+    with pytest.warns(AnnformerWarning, match=r"ships with annformer; to take the folder .* say './annformer-base'"):
+        assert ScGPT.from_pretrained("annformer-base").fingerprint == tiny_model.fingerprint
+    for own in ("./annformer-base", Path("annformer-base")):
+        assert ScGPT.from_pretrained(own).fingerprint == other.fingerprint
+
+
+def test_an_installation_without_the_model_says_so(ships: Path) -> None:
+    shutil.rmtree(ships)
+    with pytest.raises(
+        InputError, match=r"annformer-base, which ships with annformer, is not in this installation.*\n.*\n.*install annformer"
+    ):
+        ScGPT.from_pretrained("annformer-base")
+
+
+def test_the_shipped_model_is_the_default_everywhere(ships: Path, tiny_adata: Callable[..., AnnData], tiny_model: ScGPT) -> None:
+    adata = tiny_adata()
+    adata.write_h5ad("in.h5ad")
+    embed(adata, progress=False)
+    record = embed_file("in.h5ad", "out.h5ad", progress=False)
+    assert record["fingerprint"] == adata.uns["annformer"]["X_annformer"]["fingerprint"] == tiny_model.fingerprint
+    assert main(["embed", "in.h5ad", "--out", "cli.h5ad", "--quiet"]) == 0
+    assert read_h5ad("cli.h5ad").uns["annformer"]["X_annformer"]["fingerprint"] == tiny_model.fingerprint
+
+
+def test_commands_name_the_same_default() -> None:
+    defaults = {}
+    for name in COMMANDS:
+        if name != "version":
+            parameters = inspect.signature(import_module(f"annformer.cli.{name}").command).parameters
+            defaults |= {name: parameters["model"].default} if "model" in parameters else {}
+    assert set(defaults) >= {"demo", "embed", "inspect"}
+    assert set(defaults.values()) == {DEFAULT_MODEL}
+
+
+# what really ships: these fail, and should, in a tree without the weights
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return checkpoints.shipped(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> ScGPT:
+    return ScGPT.from_pretrained(DEFAULT_MODEL)
+
+
+def test_every_name_has_its_folder_and_every_folder_its_name() -> None:
+    assert sorted(path.name for path in checkpoints.shipped(DEFAULT_MODEL).parent.iterdir()) == sorted(checkpoints.SHIPPED)
+
+
+def test_the_shipped_folder_is_complete_and_small(base: Path) -> None:
+    assert {path.name for path in base.iterdir()} == set(checkpoints.MODEL_FILES)
+    assert (base / "model.safetensors").stat().st_size <= 15e6
+
+
+def test_the_shipped_model_embeds(loaded: ScGPT, tiny_adata: Callable[..., AnnData]) -> None:
+    assert loaded.name == DEFAULT_MODEL
+    adata = tiny_adata()
+    embed(adata, loaded, progress=False)
+    assert np.isfinite(adata.obsm["X_annformer"]).all()
+
+
+def test_the_shipped_model_marks_what_it_has_not_learned(loaded: ScGPT) -> None:
+    assert 0 < len(loaded.vocab.untrained) < len(loaded.vocab.genes) / 2
+    assert not loaded.vocab.untrained & {"CD3D", "CD79A", "LYZ", "NKG7", "HLA-A", "HLA-DRA"}
+
+
+def test_the_shipped_model_is_better_than_the_gene_means(loaded: ScGPT) -> None:
+    errors = loaded.config.provenance.get("held_out_squared_error")
+    if errors is not None:
+        assert isinstance(errors, dict)
+        assert 0 < errors["gep"] < errors["gene mean"]
+
+
+def test_the_shipped_card_names_data_and_licences(base: Path) -> None:
+    card = (base / "README.md").read_text()
+    assert card.startswith(f"# {DEFAULT_MODEL}\n")
+    for words in ("## Data", "| study |", "licence", "GPL-3", "pbmc_frozenA_mudan", "## Not good for", "## Licence", "scGPT"):
+        assert words in card, words
+
+
+def test_the_shipped_folder_names_no_place_of_a_machine(base: Path) -> None:
+    for name in ("README.md", "config.json"):
+        text = (base / name).read_text()
+        assert not [place for place in ("/work/", "/tmp/", "/home/", "/root/") if place in text]

@@ -105,6 +105,18 @@ def test_settings_come_from_shapes(pretrained: tuple[dict[str, Any], State, Gene
     assert (ours.tokenizer.n_bins, ours.tokenizer.max_length, ours.tokenizer.cls_value) == (51, 1200, -2.0)
 
 
+def test_zeros_are_told_both_ways(pretrained: tuple[dict[str, Any], State, GeneVocab]) -> None:
+    args, state, vocab = pretrained
+    ours, tuned = from_authors(args, state, vocab), from_authors(args | {"include_zero_gene": True}, state, vocab)
+    assert ours.tokenizer.zeros == tuned.tokenizer.zeros == 0
+    assert [note for note in tuned.notes if "include_zero_gene" in note]
+    assert not [note for note in ours.notes if "include_zero_gene" in note]
+    theirs = to_authors(ours.model, ours.tokenizer.with_(zeros="all"), ours.objectives, ours.weights)
+    assert "zeros=all: their embed_data reads expressed genes alone" in theirs.notes
+    assert from_authors(theirs.args, theirs.weights, vocab).tokenizer.zeros == "all"
+    assert not [note for note in to_authors(ours.model, ours.tokenizer, ours.objectives, ours.weights).notes if "zeros" in note]
+
+
 def test_half_precision_is_widened_and_told(pretrained: tuple[dict[str, Any], State, GeneVocab]) -> None:
     args, state, vocab = pretrained
     ours = from_authors(args, {key: tensor.half() for key, tensor in state.items()}, vocab)

@@ -293,6 +293,24 @@ def test_any_names_match_the_same_in_any_order(names, random):
     assert match.report().lines()
 
 
+def test_genes_that_the_model_has_not_learned_get_no_token():
+    vocab = GeneVocab(CURRENT.tokens, ["MARCHF1", "TBCE"])
+    names = ["march1", "TBCE", "TBCE-1", "CD3D", "ERCC-00171", ""]
+    match, whole = match_genes(names, vocab), match_genes(names, vocab.all_trained())
+    assert match.how.tolist() == ["untrained", "untrained", "untrained", "symbol", "", ""]
+    assert match.ids.tolist() == [-1, -1, -1, vocab["CD3D"], -1, -1]
+    assert whole.ids.tolist()[:3] == [vocab["MARCHF1"], vocab["TBCE"], vocab["TBCE"]]
+    assert match.share == pytest.approx(1 / 5)
+    report = match.report()
+    assert (report.n_matched, report.n_unmatched, report.n_untrained) == (1, 4, 3)
+    assert (report.unmatched, report.untrained, report.collapsed) == (["ERCC-00171"], ["march1", "TBCE", "TBCE-1"], {})
+    assert "3 columns are genes that the model has not learned: left out (march1, TBCE, TBCE-1)" in report.lines()
+    assert "names that stay out in all: 4, for example ERCC-00171" in report.lines()
+    assert not any("learned" in line for line in whole.report().lines())
+    with pytest.raises(InputError, match=r"1 of 5 gene names.*; 3 more are genes of its vocabulary that it has not learned"):
+        match.require(0.5)
+
+
 def test_report_counts_add_up_and_can_be_stored(tmp_path):
     import anndata
 

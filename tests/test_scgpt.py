@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from safetensors.torch import load_file, save_file
 
 from annformer.errors import InputError
@@ -95,6 +96,61 @@ def test_fingerprint_is_of_weights_settings_and_genes(model: ScGPT) -> None:
     assert model.fingerprint != before
 
 
+def with_untrained(model: ScGPT, *genes: str) -> ScGPT:
+    """The same weights, some genes marked as untrained."""
+    other = ScGPT(model.config, GeneVocab(model.vocab.tokens, genes))
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def test_untrained_genes_are_saved_and_loaded(model: ScGPT, tmp_path: Path) -> None:
+    first, last = model.vocab.genes[0], model.vocab.genes[-1]
+    marked = with_untrained(model, last, first)
+    assert marked.config.untrained_genes == (first, last)
+    assert marked.fingerprint != model.fingerprint
+    marked.save_pretrained(tmp_path / "model")
+    again = ScGPT.from_pretrained(tmp_path / "model")
+    assert again.vocab == marked.vocab
+    assert again.fingerprint == marked.fingerprint
+    assert GeneVocab.from_json(tmp_path / "model/vocab.json") == model.vocab
+    assert ScGPT(again.config, again.vocab.all_trained()).config == model.config
+    assert "2 of them untrained" in (tmp_path / "model/README.md").read_text()
+
+
+def test_folders_from_before_untrained_genes_load(model: ScGPT, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["untrained_genes"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ScGPT.from_pretrained(folder).vocab == model.vocab
+    change_config(folder, untrained_genes=["NOT-A-GENE"])
+    with pytest.raises(InputError, match="no genes of the vocabulary: NOT-A-GENE"):
+        ScGPT.from_pretrained(folder)
+
+
+def test_an_embedding_does_not_depend_on_untrained_genes(tiny_model: ScGPT, tiny_adata: Callable[..., AnnData]) -> None:
+    from annformer.tasks.embedding import embed
+
+    genes = tiny_model.vocab.genes[::7]
+    model, cells = with_untrained(tiny_model, *genes), tiny_adata()
+    changed, without = cells.copy(), cells[:, ~cells.var_names.isin(genes)].copy()
+    counts = cells.X.toarray()
+    counts[:, cells.var_names.isin(genes)] = np.random.default_rng(1).integers(0, 90, (cells.n_obs, len(genes)))
+    changed.X = counts
+    for adata in (cells, changed, without):
+        embed(adata, model, progress=False)
+    np.testing.assert_array_equal(cells.obsm["X_annformer"], changed.obsm["X_annformer"])
+    np.testing.assert_array_equal(cells.obsm["X_annformer"], without.obsm["X_annformer"])
+    assert changed.uns["annformer"]["X_annformer"]["genes"]["n_untrained"] == len(genes)
+    embed(changed, tiny_model, progress=False)
+    assert not np.allclose(cells.obsm["X_annformer"], changed.obsm["X_annformer"], atol=1e-3)
+
+
+def test_the_authors_code_is_said_to_read_untrained_genes(tiny_model: ScGPT, tmp_path: Path) -> None:
+    assert not any("untrained" in note for note in tiny_model.save_for_authors(tmp_path / "a", drop=["asked"]))
+    notes = with_untrained(tiny_model, *tiny_model.vocab.genes[:3]).save_for_authors(tmp_path / "b", drop=["asked"])
+    assert "3 genes of the vocabulary are untrained: annformer does not read them, their code will" in notes[-1]
+
+
 def test_losses_have_names_and_the_asked_tokens_count(model: ScGPT) -> None:
     losses = model.losses(some_tokens(model.vocab))
     assert set(losses) == {"gep", "gep_cell_prompt", "gepc", "cls", "ecs", "cce"}
@@ -165,6 +221,20 @@ def test_missing_settings_are_listed_and_never_assumed(folder: Path) -> None:
         ScGPT.from_pretrained(folder)
 
 
+def test_folders_from_before_there_were_zeros_have_none(folder: Path) -> None:
+    change_part(folder, "tokenizer", drop="zeros")
+    assert ScGPT.from_pretrained(folder).tokenizer.zeros == 0
+    change_part(folder, "tokenizer", drop="seed")
+    with pytest.raises(InputError, match=r"lacks tokenizer.seed\b"):
+        ScGPT.from_pretrained(folder)
+
+
+def test_zeros_are_part_of_a_model(model: ScGPT, tmp_path: Path) -> None:
+    config = model.config.with_(tokenizer=model.tokenizer.with_(zeros="all").model_dump())
+    ScGPT(config, model.vocab).save_pretrained(tmp_path / "zeros")
+    assert ScGPT.from_pretrained(tmp_path / "zeros").tokenizer.zeros == "all"
+
+
 @pytest.mark.parametrize("size", [25, 10_000, 10**13, 10**30])
 @pytest.mark.parametrize("name", ["ff_width", "n_layers"])
 def test_sizes_are_held_against_the_file_before_they_are_built(folder: Path, name: str, size: int) -> None:
@@ -233,7 +303,8 @@ def test_converted_models_are_saved_in_our_format(tmp_path: Path) -> None:
     ("source", "words"),
     [
         ("scgpt-humn", r"there is no model 'scgpt-humn'.*\n.*\n.*did you mean scgpt-human"),
-        ("no such folder", r"there is no model.*\n.*scgpt-human.*\n.*check the path"),
+        ("no such folder", r"there is no model.*\n.*one of annformer-base, scgpt-human.*\n.*check the path"),
+        ("annformer-bose", r"there is no model 'annformer-bose'.*\n.*\n.*did you mean annformer-base"),
         (__file__, "is a file"),
         (Path(__file__).parent, "lacks config.json, vocab.json, model.safetensors"),
         (Path("no/such"), "there is no model 'no/such'"),

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.stats import chisquare
 
-from annformer import tokenizer
-from annformer.tokenizer import TokenizerSettings, quantile_edges, tokenize
+from annformer.kernels import threshold
+from annformer.tokenizer import TokenizerSettings, expressed, tokenize
+from annformer.tokenizer.expressed import quantile_edges
 from annformer.tokens import CellBatch, TokenBatch
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,9 +91,9 @@ def test_ties_are_drawn_with_the_references_distribution(way: str) -> None:
         hashes, found = np.random.default_rng(1).integers(0, 2**64, n, np.uint64), np.empty(n, np.float32)
         every = np.arange(n, dtype=np.uint32)
         if way == "search":
-            tokenizer._search(np.full(n, value), hashes, every, golden["bins"], found)
+            expressed._search(np.full(n, value), hashes, every, golden["bins"], found)
         else:
-            tokenizer._look_up(np.full(n, value, np.uint32), hashes, every, int(value), golden["bins"], found)
+            expressed._look_up(np.full(n, value, np.uint32), hashes, every, int(value), golden["bins"], found)
         histogram = np.bincount(found.astype(int), minlength=len(expected))
         np.testing.assert_array_equal(histogram > 0, expected > 0)
         drawn = expected > 0
@@ -133,12 +134,12 @@ def values_of(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
 def tallied_edges(values: np.ndarray, n_bins: int) -> np.ndarray:
     """Quantiles without sorting where that is possible, else sorted ones."""
     counts, edges = np.empty(len(values), np.uint32), np.empty(n_bins - 1)
-    largest = tokenizer._as_counts(values, counts)
+    largest = expressed._as_counts(values, counts)
     assert largest == (values.max() if values.max() < 1024 and np.all(values == values.astype(int)) else -1)
     if largest < 0:
         return quantile_edges(np.array([0, len(values)]), values, n_bins)[0]
     tallies = np.zeros((1024, 8), np.int32)
-    tokenizer._tally(counts, largest, tallies, np.linspace(0, 1, n_bins - 1), edges)
+    expressed._tally(counts, largest, tallies, np.linspace(0, 1, n_bins - 1), edges)
     assert not tallies.any()
     return edges
 
@@ -346,7 +347,7 @@ def test_the_threshold_passes_exactly_n(n_hashes: int, seed: int, data: st.DataO
     narrow = data.draw(st.booleans())
     hashes = np.unique(np.random.default_rng(seed).integers(0, 2 * n_hashes if narrow else 2**64, n_hashes, np.uint64) + np.uint64(narrow))
     if n < len(hashes):
-        assert (hashes <= tokenizer._threshold(hashes, n)).sum() == n
+        assert (hashes <= threshold(hashes, n)).sum() == n
 
 
 def test_a_column_that_stands_twice_does_not_hang() -> None:

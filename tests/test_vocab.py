@@ -104,6 +104,38 @@ def test_equal_vocabularies_are_one_key_also_after_pickling():
     assert copy["B"] == 1
 
 
+def test_untrained_genes_keep_their_ids_and_are_part_of_the_vocabulary():
+    plain = GeneVocab(["A", "B", "C"]).with_specials()
+    vocab = GeneVocab(["A", "B", "C"], untrained=["C", "A"]).with_specials()
+    assert vocab.untrained == {"A", "C"}
+    assert vocab.is_trained.tolist() == [False, True, False, True, True, True]
+    assert vocab.ids(["A", "B"]).tolist() == [0, 1]
+    assert vocab.genes == plain.genes
+    assert vocab != plain
+    assert hash(vocab) != hash(plain)
+    assert vocab.all_trained() == plain
+    assert plain.all_trained() is plain
+    assert plain.is_trained.all()
+    assert "3 genes, 2 of them untrained, 3 special" in repr(vocab)
+    copy = pickle.loads(pickle.dumps(vocab))
+    assert (copy, hash(copy)) == (vocab, hash(vocab))
+    with pytest.raises(ValueError, match="read-only"):
+        vocab.is_trained[0] = True
+
+
+@pytest.mark.parametrize("name", ["D", "<cls>"])
+def test_only_genes_of_the_vocabulary_can_be_untrained(name):
+    with pytest.raises(InputError, match=rf"1 of the 2 untrained genes are no genes of the vocabulary: {name}"):
+        GeneVocab(["A", "<cls>"], ["A", name])
+
+
+def test_the_file_does_not_say_what_is_untrained(tmp_path):
+    vocab = GeneVocab(["A", "B"], ["B"])
+    vocab.to_json(tmp_path / "vocab.json")
+    assert GeneVocab.from_json(tmp_path / "vocab.json") == vocab.all_trained()
+    assert GeneVocab.from_json(tmp_path / "vocab.json", vocab.untrained) == vocab
+
+
 def test_only_angle_brackets_make_a_special_token():
     assert is_special("<cls>")
     assert not is_special("<cls")

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -50,6 +51,10 @@ CHECKPOINTS: Final[dict[str, Checkpoint]] = {
         },
     ),
 }
+SHIPPED: Final[dict[str, str]] = {
+    "annformer-base": "pretrained on public cells of blood, tumours, brain and other tissues; its README.md says on which and how well",
+}
+"""Models that are part of the package, in the folder `models` beside this file: no network is needed."""
 BY_HAND: Final[dict[str, str]] = {
     "scgpt-blood": "blood",
     "scgpt-brain": "brain",
@@ -60,6 +65,26 @@ BY_HAND: Final[dict[str, str]] = {
     "scgpt-pan-cancer": "pan-cancer",
 }
 """The authors' other checkpoints, by their row in the model zoo: there is no source with known hashes, so a person fetches them."""
+
+
+def known_names() -> list[str]:
+    """Every name that stands for a model."""
+    return [*SHIPPED, *CHECKPOINTS, *BY_HAND]
+
+
+def shipped(name: str) -> Path:
+    """Folder of a model that ships with the package.
+
+    Raises
+    ------
+    InputError
+        When this installation lacks it.
+    """
+    folder = Path(str(resources.files("annformer").joinpath("models", name)))
+    if not folder.is_dir():
+        found = f"the model {name}, which ships with annformer, is not in this installation: there is no folder {folder}"
+        raise input_error(found, "annformer as it was packed", "install annformer again, or name another model")
+    return folder
 
 
 def cache_folder() -> Path:
@@ -172,7 +197,7 @@ def fetch_from_hub(repository: str, *, endpoint: str | None = None) -> Path:
         beside, remedy = _beside(Path(name))
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         found = f"{repository!r} is no folder here{beside}; the Hugging Face Hub was tried too, and it cannot be fetched there: {reason}"
-        known = f"a model folder, a repository with {', '.join(MODEL_FILES)}, or one of {', '.join([*CHECKPOINTS, *BY_HAND])}"
+        known = f"a model folder, a repository with {', '.join(MODEL_FILES)}, or one of {', '.join(known_names())}"
         raise input_error(found, known, remedy) from None
 
 

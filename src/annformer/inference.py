@@ -25,7 +25,7 @@ from torch import Tensor
 
 from annformer.data.source import CellSource
 from annformer.scgpt import ScGPT
-from annformer.tokenizer import TokenizerSettings, tokenize
+from annformer.tokenizer import TokenizerSettings, n_kept, tokenize
 from annformer.tokens import CellBatch, TokenBatch
 
 CELLS_PER_READ = 512
@@ -95,10 +95,20 @@ def encode_cells(
     Rows of the source and their float32 states, not normalised. Cells without any expressed gene of the vocabulary are NaN.
     """
     settings = settings or model.tokenizer
+    _require_measured(source, settings)
     batches = iter(source.batches(size or CELLS_PER_READ, vocab=model.vocab, start=start))
     with evaluating(model):
         for prepared in read_ahead(batches, lambda cells: _prepare(cells, model, settings), workers):
             yield prepared.rows, _encode(model, prepared, max_tokens, advance)
+
+
+def _require_measured(source: CellSource, settings: TokenizerSettings) -> None:
+    """Refuse a store of which the zeros that the settings ask for would be false."""
+    if settings.zeros != 0:
+        from annformer.data.store import StoreSource
+
+        if isinstance(source, StoreSource):
+            source.require_measured()
 
 
 @contextmanager
@@ -155,9 +165,7 @@ def read_ahead(items: Iterator[T], work: Callable[[T], R], workers: int) -> Iter
 
 def _prepare(cells: CellBatch, model: ScGPT, settings: TokenizerSettings) -> _Prepared:
     order = np.argsort(np.diff(cells.counts.indptr), kind="stable")
-    labels = {name: label[order] for name, label in cells.labels.items()}
-    ordered = cells._replace(counts=cells.counts[order], rows=cells.rows[order], labels=labels)
-    return _Prepared(cells.rows, order, tokenize(ordered, settings, cls_id=model.vocab.cls_id))
+    return _Prepared(cells.rows, order, tokenize(cells.take(order), settings, cls_id=model.vocab.cls_id))
 
 
 def _encode(
@@ -263,6 +271,7 @@ def estimate(
         Cells to time: a few seconds' work for the largest published model on one core. More of them where they take no time.
     """
     settings = settings or model.tokenizer
+    _require_measured(source, settings)
     n_cells = source.n_obs - start
     part = CELLS_PER_READ // 4
     places = np.linspace(start, max(start, source.n_obs - part), 4).astype(np.int64)
@@ -279,7 +288,8 @@ def estimate(
     encoding = _seconds_per_cell(model, cells, settings, max_tokens, n_timed)
     on_cpu = next(model.parameters()).device.type == "cpu"  # there, reading ahead and the network share the cores
     seconds = n_cells * (preparing + encoding if on_cpu else max(preparing, encoding))
-    lengths = np.minimum(np.diff(cells.counts.indptr), settings.max_length - 1) + 1
+    n_expressed, n_zeros = n_kept(np.diff(cells.counts.indptr), cells.n_measured, settings)
+    lengths = 1 + n_expressed + n_zeros
     return Estimate(n_cells, float(lengths.mean()), seconds, _memory(model, n_cells, max_tokens), _hints(model, lengths, seconds))
 
 
@@ -288,7 +298,7 @@ def _spread(cells: CellBatch, wanted: int) -> CellBatch:
     n_genes = np.diff(cells.counts.indptr)
     ranks = ((np.arange(min(wanted, len(n_genes))) + 0.5) * len(n_genes) / min(wanted, len(n_genes))).astype(int)
     picked = np.argsort(n_genes, kind="stable")[ranks]
-    return cells._replace(counts=cells.counts[picked], rows=cells.rows[picked], labels={k: v[picked] for k, v in cells.labels.items()})
+    return cells.take(picked)
 
 
 def _seconds_per_cell(model: ScGPT, cells: CellBatch, settings: TokenizerSettings, max_tokens: int | None, n_timed: int) -> float:

@@ -1,4 +1,7 @@
-"""What all compiled kernels share: the way they are compiled, and the hash behind every draw and every comparison of cells."""
+"""What all compiled kernels share: the way they are compiled, the hash behind every draw and every comparison of cells, and the draw.
+
+Numba notices changes in the file of a kernel only: after a change here, compiled kernels elsewhere are stale until their files are touched.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from typing import Any
 
 import numba
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import UInt32, UInt64
 from numpy import ndarray
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Odd number that spreads consecutive ids over all bits (2^64 over the golden ratio)."""
+LARGEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_27, _30, _31 = (np.uint64(bits) for bits in (27, 30, 31))
+_1, _27, _30, _31 = (np.uint64(bits) for bits in (1, 27, 30, 31))
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,3 +42,31 @@ def mix_in_place(x: UInt64[ndarray, "..."]) -> None:
         x ^= x >> shift
         x *= factor
     x ^= x >> _31
+
+
+@jit
+def threshold(hashes: UInt64[ndarray, "gene"], n: int) -> np.uint64:
+    """A number that exactly n hashes do not exceed, found by interpolation: evenly spread numbers need four or five guesses."""
+    low, high, n_low, n_high = np.uint64(0), LARGEST, 0, len(hashes)
+    while high - low > _1:
+        guess = low + np.uint64(np.float64(high - low) * ((n - n_low + 0.5) / (n_high - n_low + 1)))
+        guess = min(max(guess, low + _1), high - _1)
+        n_guess = 0
+        for i in range(len(hashes)):
+            n_guess += hashes[i] <= guess
+        if n_guess == n:
+            return guess
+        if n_guess < n:
+            low, n_low = guess, n_guess
+        else:
+            high, n_high = guess, n_guess
+    return high  # only if a column stands twice in a row: more than n hashes
+
+
+@jit
+def keep(hashes: UInt64[ndarray, "gene"], largest: np.uint64, kept: UInt32[ndarray, "gene+1"]) -> None:
+    """List the genes whose hash is at most `largest`, in their order. Writing first and counting then avoids a branch."""
+    place = np.uint64(0)
+    for i in range(len(hashes)):
+        kept[place] = i
+        place += np.uint64(hashes[i] <= largest)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from annformer import checkpoints
 from annformer.config import Config
 from annformer.convert import from_authors, refuse_unknown, tensor_error, to_authors
-from annformer.errors import input_error
+from annformer.errors import AnnformerWarning, input_error
 from annformer.model.config import ModelConfig
 from annformer.model.encoder import CellEncoder, Wanted
 from annformer.objectives import AnyObjectiveConfig, Loss, Objective, build
@@ -30,8 +31,12 @@ from annformer.vocab import GeneVocab
 
 FORMAT = 1
 """Number of the format of `config.json` and of the names in `model.safetensors`."""
+YOUNGER = frozenset({"tokenizer.zeros"})
+"""Settings that older folders of this format lack; the default says what was done before they existed."""
 HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """Form of a repository's name on the Hugging Face Hub, with or without a revision."""
+DEFAULT_MODEL = "annformer-base"
+"""Model of everything that takes one and is not told which: it ships with the package."""
 
 
 class ModelFolderConfig(Config):
@@ -42,6 +47,8 @@ class ModelFolderConfig(Config):
     tokenizer: TokenizerSettings = TokenizerSettings.read({}, where="defaults")
     objectives: dict[str, AnyObjectiveConfig] = Field(default_factory=dict)
     """By name, which is also the name of the head's tensors."""
+    untrained_genes: tuple[str, ...] = ()
+    """Genes of the vocabulary that the training cells hardly express: their rows mean nothing, and no data are read for them."""
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Where the weights come from: `name`, and whatever its maker wrote down."""
 
@@ -54,7 +61,7 @@ class ScGPT(nn.Module):
     config
         Sizes, settings, objectives. Weights are random; `from_pretrained` reads them.
     vocab
-        The genes behind the rows of the gene table.
+        The genes behind the rows of the gene table. Which of them are untrained is taken from here, whatever `config` says.
     """
 
     objectives: nn.ModuleDict
@@ -64,7 +71,8 @@ class ScGPT(nn.Module):
         if len(vocab) != config.model.vocab_size:
             found = f"the vocabulary has {len(vocab)} tokens, the model {config.model.vocab_size} rows for them"
             raise input_error(found, "as many tokens as rows", "use the vocab.json that belongs to the model")
-        self.config = config
+        untrained = tuple(token for token in vocab.tokens if token in vocab.untrained)
+        self.config = config if config.untrained_genes == untrained else config.model_copy(update={"untrained_genes": untrained})
         self.vocab = vocab
         self.encoder = CellEncoder(config.model)
         self.objectives = nn.ModuleDict({name: build(settings, config.model) for name, settings in config.objectives.items()})
@@ -77,7 +85,7 @@ class ScGPT(nn.Module):
         ----------
         source
             A model folder, a checkpoint folder of scGPT's authors (`args.json`, `vocab.json`, `best_model.pt`), a named checkpoint such as
-            "scgpt-human", or "org/repository" on the Hugging Face Hub.
+            "annformer-base", which ships with the package, or "scgpt-human", or "org/repository" on the Hugging Face Hub.
         drop
             Objectives to leave out with their heads.
 
@@ -134,7 +142,10 @@ class ScGPT(nn.Module):
         objectives = {name: settings.model_dump() for name, settings in self.config.objectives.items()}
         theirs = to_authors(self.config.model, self.tokenizer, objectives, self.state_dict(), spelling=spelling, drop=drop)
         checkpoints.write_authors(Path(folder), theirs.args, self.vocab, theirs.weights)
-        return theirs.notes
+        if not (n_untrained := len(self.vocab.untrained)):
+            return theirs.notes
+        unread = f"{n_untrained:,} genes of the vocabulary are untrained: annformer does not read them"
+        return [*theirs.notes, f"{unread}, their code will, unless you leave them out of the data"]
 
     @property
     def tokenizer(self) -> TokenizerSettings:
@@ -191,7 +202,7 @@ class ScGPT(nn.Module):
 
 A foundation model of single cells in the format of annformer (format {config.format}).
 
-- vocabulary: {len(self.vocab.genes):,} genes
+- vocabulary: {len(self.vocab.genes):,} genes, {len(self.vocab.untrained):,} of them untrained
 - network: {model.n_layers} layers, {model.width} wide, {model.n_heads} heads, {sum(p.numel() for p in self.parameters()):,} parameters
 - tokens: {config.tokenizer.values}, {config.tokenizer.n_bins} bins, at most {config.tokenizer.max_length} per cell
 - objectives: {", ".join(config.objectives) or "none"}
@@ -239,7 +250,7 @@ class _ShapesOnly(_Uninitialised):
 
 def is_checkpoint_name(source: str | Path) -> bool:
     """Whether `source`, when there is no such path, can be fetched: the name of a checkpoint, or has the form "org/repository"."""
-    named = str(source) in checkpoints.CHECKPOINTS or str(source) in checkpoints.BY_HAND
+    named = any(str(source) in names for names in (checkpoints.SHIPPED, checkpoints.CHECKPOINTS, checkpoints.BY_HAND))
     return named or (isinstance(source, str) and re.fullmatch(HUB_NAME, source) is not None)
 
 
@@ -251,10 +262,14 @@ def locate(source: str | Path) -> Path:
     InputError
         When there is no such model.
     """
-    folder = Path(source).expanduser()
+    folder, name = Path(source).expanduser(), str(source)
+    if name in checkpoints.SHIPPED and not (isinstance(source, Path) and folder.is_dir()):
+        if folder.is_dir():
+            msg = f"{name!r} is the model that ships with annformer; to take the folder of this name here, say './{name}'"
+            warnings.warn(msg, AnnformerWarning, stacklevel=2)
+        return checkpoints.shipped(name)
     if folder.is_dir():
         return folder
-    name = str(source)
     if folder.exists():
         found = f"{source} is a file"
         raise input_error(found, "the folder of a model", "give the folder that holds config.json, or args.json")
@@ -262,7 +277,7 @@ def locate(source: str | Path) -> Path:
         return checkpoints.fetch(name, progress=True)
     if is_checkpoint_name(source):
         return checkpoints.fetch_from_hub(name)
-    known = [*checkpoints.CHECKPOINTS, *checkpoints.BY_HAND]
+    known = checkpoints.known_names()
     near = difflib.get_close_matches(name, known)
     found = f"there is no model {name!r}"
     remedy = f"did you mean {', '.join(near)}" if near else "check the path"
@@ -291,7 +306,7 @@ def _read_ours(folder: Path, drop: Collection[str]) -> _Read:
     config = read_config(folder)
     refuse_unknown(drop, config.objectives, "head")
     kept = config.with_(objectives={name: settings.model_dump() for name, settings in config.objectives.items() if name not in drop})
-    vocab = GeneVocab.from_json(folder / "vocab.json")
+    vocab = GeneVocab.from_json(folder / "vocab.json", config.untrained_genes)
     path = folder / "model.safetensors"
     weights = _read_safetensors(path)
     _require_room(path, config, len(weights))
@@ -318,7 +333,8 @@ def read_config(folder: Path) -> ModelFolderConfig:
         raise input_error(found, f"format {FORMAT}", remedy)
     config = ModelFolderConfig.read(fields, where=str(path))
     parts: tuple[tuple[str, type[Config]], ...] = (("model", ModelConfig), ("tokenizer", TokenizerSettings))
-    if missing := [f"{part}.{name}" for part, settings in parts for name in settings.model_fields if name not in fields.get(part, {})]:
+    known = {f"{part}.{name}" for part in ("model", "tokenizer") for name in fields.get(part, {})} | YOUNGER
+    if missing := [name for part, settings in parts for field in settings.model_fields if (name := f"{part}.{field}") not in known]:
         found = f"{path} lacks {', '.join(missing)}"
         raise input_error(found, "every setting of model and tokenizer, as save_pretrained writes them", "use the file as it was written")
     return config

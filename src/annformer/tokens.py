@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
+
+
+class Measured(NamedTuple):
+    """Which genes the studies of some cells measured, expressed or not."""
+
+    genes: Bool[np.ndarray, "study gene"]
+    study: Int[np.ndarray, "cell"]
+    """Row of `genes` that holds for each cell."""
 
 
 class CellBatch(NamedTuple):
@@ -29,6 +37,23 @@ class CellBatch(NamedTuple):
     """Where the cells stood in their source; provenance only."""
     labels: dict[str, Int[np.ndarray, "cell"]]
     """Integer codes of the columns asked for, by role (`batch`, `cell_type`, ...)."""
+    measured: Measured | None = None
+    """Which columns can tell a zero, where the cells are of several studies; no cell expresses a gene that its study did not measure.
+    None: every column, in every cell."""
+
+    @property
+    def n_measured(self) -> Int[np.ndarray, "cell"]:
+        """Genes that were measured, of every cell."""
+        if self.measured is None:
+            return np.full(len(self.rows), len(self.gene_ids))
+        studies, place = np.unique(self.measured.study, return_inverse=True)
+        return np.count_nonzero(self.measured.genes[studies], axis=1)[place]
+
+    def take(self, cells: Int[np.ndarray, "some"]) -> Self:
+        """Only the given cells, in this order."""
+        labels = {role: codes[cells] for role, codes in self.labels.items()}
+        measured = None if self.measured is None else self.measured._replace(study=self.measured.study[cells])
+        return self._replace(counts=self.counts[cells], rows=self.rows[cells], labels=labels, measured=measured)
 
 
 class TokenBatch(NamedTuple):

@@ -30,9 +30,11 @@ class GeneVocab:
     ----------
     tokens
         Gene names and special tokens (`<pad>`, `<cls>`, `<eoc>`), in the order of their ids.
+    untrained
+        Those of the genes whose rows of the weights were never fitted: they have ids, but no data are read for them.
     """
 
-    def __init__(self, tokens: Sequence[str]) -> None:
+    def __init__(self, tokens: Sequence[str], untrained: Iterable[str] = ()) -> None:
         self._tokens: tuple[str, ...] = tuple(tokens)
         if "" in self._tokens:
             msg = f"token {self._tokens.index('')} of the vocabulary is empty"
@@ -42,10 +44,14 @@ class GeneVocab:
             doubles = [token for i, token in enumerate(self._tokens) if self._ids[token] != i]
             msg = f"the vocabulary holds {len(doubles)} tokens more than once: {_some(doubles)}"
             raise input_error(msg, "every token once", "remove the doubles")
+        self._untrained = frozenset(untrained)
+        if odd := sorted(name for name in self._untrained if name not in self._ids or is_special(name)):
+            msg = f"{len(odd)} of the {len(self._untrained)} untrained genes are no genes of the vocabulary: {_some(odd)}"
+            raise input_error(msg, "names of genes that have an id", "use vocabulary and list as they were written")
 
     @classmethod
-    def from_json(cls, path: str | Path) -> GeneVocab:
-        """Read a `vocab.json`: one flat JSON object from token to id, in any order.
+    def from_json(cls, path: str | Path, untrained: Iterable[str] = ()) -> GeneVocab:
+        """Read a `vocab.json`: one flat JSON object from token to id, in any order. It does not say what is `untrained`.
 
         Raises
         ------
@@ -59,16 +65,20 @@ class GeneVocab:
         tokens = [""] * len(pairs)
         for token, number in pairs:
             tokens[number] = token
-        return cls(tokens)
+        return cls(tokens, untrained)
 
     def to_json(self, path: str | Path) -> None:
-        """Write the vocabulary as a flat JSON object from token to id, in the order of the ids."""
+        """Write the vocabulary as a flat JSON object from token to id, in the order of the ids; what is untrained is not in it."""
         Path(path).write_text(json.dumps(self._ids, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def with_specials(self) -> GeneVocab:
         """Return a vocabulary that has all special tokens; missing ones are appended, so that no id changes."""
         missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
-        return GeneVocab((*self._tokens, *missing)) if missing else self
+        return GeneVocab((*self._tokens, *missing), self._untrained) if missing else self
+
+    def all_trained(self) -> GeneVocab:
+        """Return the same tokens with no gene left out, for a training that is to learn them all."""
+        return GeneVocab(self._tokens) if self._untrained else self
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -84,6 +94,18 @@ class GeneVocab:
     def is_gene(self) -> Bool[np.ndarray, "token"]:
         """For every id whether it is a gene and not a special token; not writable."""
         flags = np.array([not is_special(token) for token in self._tokens], dtype=bool)
+        flags.flags.writeable = False
+        return flags
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Genes that have a row of the weights which was never fitted."""
+        return self._untrained
+
+    @cached_property
+    def is_trained(self) -> Bool[np.ndarray, "token"]:
+        """For every id whether its row was fitted, as special tokens' always are; not writable."""
+        flags = np.array([token not in self._untrained for token in self._tokens], dtype=bool)
         flags.flags.writeable = False
         return flags
 
@@ -121,24 +143,27 @@ class GeneVocab:
         return iter(self._tokens)
 
     def __eq__(self, other: object) -> bool:
-        return self._tokens == other._tokens if isinstance(other, GeneVocab) else NotImplemented
+        if not isinstance(other, GeneVocab):
+            return NotImplemented
+        return self._tokens == other._tokens and self._untrained == other._untrained
 
     @cached_property
     def _hash(self) -> int:
-        return hash(self._tokens)
+        return hash((self._tokens, self._untrained))
 
     def __hash__(self) -> int:
         return self._hash
 
-    def __getstate__(self) -> tuple[str, ...]:
+    def __getstate__(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         # hashes of strings differ between processes: a pickled vocabulary must not carry its own
-        return self._tokens
+        return self._tokens, tuple(sorted(self._untrained))
 
-    def __setstate__(self, tokens: tuple[str, ...]) -> None:
-        self.__init__(tokens)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return f"GeneVocab({len(self.genes)} genes, {len(self) - len(self.genes)} special tokens)"
+        left_out = f", {len(self._untrained)} of them untrained" if self._untrained else ""
+        return f"GeneVocab({len(self.genes)} genes{left_out}, {len(self) - len(self.genes)} special tokens)"
 
 
 def is_special(token: str) -> bool:

@@ -14,10 +14,11 @@ import scipy.sparse as sp
 
 from annformer.data import AnnDataSource, CellSource
 from annformer.data import store_writer as writer
+from annformer.data.find_studies import find_studies, study_names
 from annformer.data.store import MANIFEST, StoreSource
 from annformer.data.store_writer import write_store
-from annformer.data.studies import find_studies, study_names
 from annformer.errors import InputError
+from annformer.inference import encode_cells, estimate
 from annformer.tokenizer import TokenizerSettings, tokenize
 from annformer.vocab import GeneVocab
 
@@ -215,6 +216,7 @@ class TestResume:
         script = f"""
 import os, signal
 from annformer.data import store_writer as writer
+from annformer.data.find_studies import find_studies, study_names
 writer.CELLS_PER_READ = 16
 calls = 0
 def progress(phase, done, total):
@@ -319,6 +321,85 @@ def test_tokens_are_those_of_the_file(files, tmp_path, tiny_vocab):
         assert (mine.values == theirs.values).all()
 
 
+class TestMeasured:
+    """Genes that a source measured are told from those that it lacks, be they expressed or not."""
+
+    @pytest.fixture
+    def store(self, files, tmp_path) -> StoreSource:
+        blood = ad.read_h5ad(files[0])
+        blood.X = sp.csr_matrix(blood.X.toarray() * (blood.var_names != "LYZ"))  # measured, and nowhere expressed in this file
+        blood.write_h5ad(files[0])
+        write_store(files, tmp_path / "store")
+        return StoreSource(tmp_path / "store")
+
+    def expected(self, files: list[Path], store: StoreSource, vocab: GeneVocab, ids: np.ndarray) -> np.ndarray:
+        """Row by row of the store, whether the file of the cell has a column for each gene."""
+        of_file = [np.isin(ids, AnnDataSource(path).match(vocab).ids) for path in files]
+        return np.array(of_file)[store.codes("source")]
+
+    def test_columns_of_every_file_are_recorded(self, files, store):
+        batch = store.rows(np.arange(160))
+        found = batch.measured.genes[batch.measured.study]
+        assert found.tolist() == self.expected(files, store, store.vocab, batch.gene_ids).tolist()
+        assert not found.all()
+        lyz, of_blood = store.vocab.ids(["LYZ"])[0], store.codes("source") == 0
+        assert found[of_blood, lyz].all()
+        assert not batch.counts.toarray()[of_blood, lyz].any()
+        assert (found | (batch.counts.toarray() == 0)).all()
+        assert batch.n_measured.tolist() == found.sum(1).tolist() == store.n_measured_over(store.vocab).tolist()
+
+    def test_over_another_vocabulary(self, files, store, tiny_vocab):
+        for vocab in (
+            tiny_vocab,
+            GeneVocab(["<cls>", "cd20", *tiny_vocab.genes[::-2]]),
+            GeneVocab(tiny_vocab.tokens, tiny_vocab.genes[::3]),
+        ):
+            batch = store.rows([9, 4, 150], vocab=vocab)
+            found = batch.measured.genes[batch.measured.study]
+            assert found.tolist() == self.expected(files, store, vocab, batch.gene_ids)[[9, 4, 150]].tolist()
+            assert store.n_measured_over(vocab)[[9, 4, 150]].tolist() == batch.n_measured.tolist() == found.sum(1).tolist()
+
+    def test_some_cells_of_a_batch(self, store):
+        batch, order = store.rows([9, 4, 150, 8]), np.array([2, 0])
+        some, same = batch.take(order), store.rows([150, 9])
+        assert (some.counts != same.counts).nnz == 0
+        assert (some.rows.tolist(), some.measured.study.tolist()) == (same.rows.tolist(), same.measured.study.tolist())
+        assert store.rows([]).n_measured.tolist() == []
+
+    def test_inference_counts_them(self, store, tiny_model):
+        settings = TokenizerSettings(zeros="all")
+        cells = store.rows(np.arange(160), vocab=tiny_model.vocab)
+        tokens = tokenize(cells, settings, cls_id=tiny_model.vocab.cls_id)
+        assert tokens.offsets.diff().tolist() == (1 + cells.n_measured).tolist()
+        assert estimate(tiny_model, store, settings=settings).mean_tokens == pytest.approx(tokens.n_tokens / 160)
+
+    def test_sources_with_the_same_genes_need_no_record(self, files, tmp_path):
+        write_store([files[0], files[2]], tmp_path / "alike")
+        store = StoreSource(tmp_path / "alike")
+        assert store.rows([1, 5]).measured is None
+        assert set(store.n_measured_over(store.vocab)) == {len(store.vocab.genes)}
+
+    def test_one_source_over_a_larger_vocabulary(self, files, tmp_path, tiny_vocab):
+        write_store(files[1:2], tmp_path / "one", vocab=tiny_vocab)
+        store = StoreSource(tmp_path / "one")
+        matched = np.unique(AnnDataSource(files[1]).match(tiny_vocab).ids)
+        assert set(store.n_measured_over(tiny_vocab)) == {int((matched >= 0).sum())}
+        assert int((matched >= 0).sum()) < len(tiny_vocab.genes)
+
+    def test_a_store_of_before_opens_but_has_no_zeros(self, store, tiny_model):
+        before, manifest = content(store.rows([3, 1]), store.vocab), json.loads((store.path / MANIFEST).read_text())
+        del manifest["measured"]
+        (store.path / MANIFEST).write_text(json.dumps(manifest))
+        (store.path / "measured.npy").unlink()
+        old = StoreSource(store.path)
+        old.verify()
+        assert content(old.rows([3, 1]), old.vocab) == before
+        assert old.rows([3, 1]).measured is None
+        with pytest.raises(InputError, match=r"does not say which genes(.|\n)*annformer prepare"):
+            next(encode_cells(tiny_model, old, settings=TokenizerSettings(zeros=1.0)))
+        assert len(next(encode_cells(tiny_model, old))[0]) == 160
+
+
 def test_batches_go_on_from_start(files, tmp_path):
     write_store(files, tmp_path / "store")
     store = StoreSource(tmp_path / "store")
@@ -355,8 +436,19 @@ class TestDamage:
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(InputError, match=f"1 of its .* shards are not what was written: {shard.name}"):
+        with pytest.raises(InputError, match=f"1 of its .* files are not what was written: {shard.name}"):
             StoreSource(store).verify()
+
+    def test_changed_table_of_measured_genes_is_named(self, store):
+        file = store / "measured.npy"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=r"1 of its .* files are not what was written: measured\.npy"):
+            StoreSource(store).verify()
+        file.write_bytes(data[:-1])
+        with pytest.raises(InputError, match=r"measured\.npy has .* bytes, its manifest says"):
+            StoreSource(store)
 
     def test_short_shard_is_refused_when_opened(self, store):
         shard = sorted(store.glob("*.arrow"))[1]

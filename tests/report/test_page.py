@@ -115,6 +115,14 @@ def test_scatter_columns_become_codes_or_numbers():
     assert figure.png.startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("n_panels", "wide", "high"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (4, 2, 2)])
+def test_the_still_image_has_two_panels_in_a_row(n_panels, wide, high):
+    points = pd.DataFrame({"label": ["B", "T"]})
+    figure = scatter_figure({f"map {n}": np.eye(2) for n in range(n_panels)}, points, caption="")
+    width, height = (int.from_bytes(figure.png[at : at + 4], "big") for at in (16, 20))
+    assert (round(width / (5.2 * 110)), round((height - 0.8 * 110) / (4.8 * 110))) == (wide, high)
+
+
 def test_56_categories_all_look_different():
     payload = make_page().sections[0][1][1].payload
     looks = {(payload["colours"][i % len(payload["colours"])], payload["symbols"][i % len(payload["symbols"])]) for i in range(56)}

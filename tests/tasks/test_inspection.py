@@ -10,6 +10,7 @@ from annformer.cli import main
 from annformer.errors import InputError
 from annformer.scgpt import ScGPT
 from annformer.tasks.inspection import inspect
+from annformer.vocab import GeneVocab
 
 
 def stops(inspection) -> str:
@@ -46,7 +47,7 @@ def test_good_cells_have_no_findings(cells, tiny_model):
 
 
 def test_without_a_model_the_shipped_table_counts(cells):
-    inspection = inspect(cells)
+    inspection = inspect(cells, model=None)
     assert inspection.facts["genes"]["share"] == pytest.approx(300 / 305)
     assert "table" in inspection.facts["genes"]["held against"]
     assert "embedding" not in inspection.facts
@@ -55,7 +56,7 @@ def test_without_a_model_the_shipped_table_counts(cells):
 def test_genes_per_cell_are_those_that_are_known(cells, tiny_vocab):
     known = cells[:, [name in tiny_vocab for name in cells.var_names]].X
     largest = int(np.diff(known.tocsr().indptr).max())
-    assert inspect(cells).facts["cells"]["known genes per cell"]["largest"] == largest
+    assert inspect(cells, model=None).facts["cells"]["known genes per cell"]["largest"] == largest
 
 
 def test_empty_and_double_cells_are_counted_and_named(cells, tiny_model):
@@ -70,7 +71,7 @@ def test_empty_and_double_cells_are_counted_and_named(cells, tiny_model):
 
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "inf"), (-1.0, "negative")])
 def test_values_that_cannot_be_used_stop(cells, value, word):
-    inspection = inspect(change(cells, c5=value))
+    inspection = inspect(change(cells, c5=value), model=None)
     assert not inspection.works
     assert word in stops(inspection)
     assert inspection.facts["file"]["cells"] == 60
@@ -80,7 +81,7 @@ def test_scaled_values_stop_and_every_matrix_is_named(cells):
     dense = cells.X.toarray()
     cells.layers["shares"] = csr_matrix(dense / (dense.sum(1, keepdims=True) + 1))
     cells.X = dense - dense.mean(0)
-    inspection = inspect(cells)
+    inspection = inspect(cells, model=None)
     assert not inspection.works
     assert inspection.facts["matrices"]["X"].startswith("scaled")
     assert inspection.facts["matrices"]["layers['shares']"].startswith("normalised")
@@ -88,7 +89,7 @@ def test_scaled_values_stop_and_every_matrix_is_named(cells):
 
 def test_logarithms_are_odd_but_work(cells):
     cells.X = np.log1p(cells.X)
-    inspection = inspect(cells)
+    inspection = inspect(cells, model=None)
     assert inspection.works
     assert inspection.facts["values"]["kind"] == "log-normalised"
     assert "no counts were found" in odd(inspection)
@@ -113,7 +114,7 @@ def test_a_better_column_is_found(cells, tiny_model):
 def test_names_that_the_user_got_wrong_are_errors(cells, wrong):
     cells.var["symbol"], cells.layers["counts"] = cells.var_names, cells.X
     with pytest.raises(InputError, match=r"symbol|counts"):
-        inspect(cells, **wrong)
+        inspect(cells, model=None, **wrong)
 
 
 def test_long_cells_are_announced(cells, tiny_model):
@@ -126,7 +127,7 @@ def test_a_model_folder(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     facts = inspect(tmp_path / "model").facts
     assert facts["model"]["parameters"] == sum(p.numel() for p in tiny_model.parameters())
-    assert facts["vocabulary"] == {"tokens": 303, "genes": 300, "first": list(tiny_model.vocab.genes[:5])}
+    assert facts["vocabulary"] == {"tokens": 303, "genes": 300, "not learned": 0, "first": list(tiny_model.vocab.genes[:5])}
     assert facts["network"]["width"] == 32
     tiny_model.save_for_authors(tmp_path / "theirs", drop=["asked"])
     assert inspect(tmp_path / "theirs").facts["model"]["format"] == "the authors' folder"
@@ -183,13 +184,30 @@ def test_a_model_that_needs_a_batch_stops_an_embedding(cells, tiny_model, tmp_pa
     assert not inspect(tmp_path / "model").works
 
 
+def test_the_shipped_model_is_the_default(cells, tiny_model, tmp_path, monkeypatch):
+    tiny_model.save_pretrained(tmp_path / "ships")
+    monkeypatch.setattr("annformer.checkpoints.shipped", lambda name: tmp_path / {"annformer-base": "ships"}[name])
+    assert inspect(cells).facts["genes"]["held against"] == "the 300 genes that unnamed has learned"
+    assert inspect(cells).facts["embedding"]["seconds"] > 0
+    assert inspect("annformer-base").facts["vocabulary"]["genes"] == 300
+
+
+def test_genes_that_the_model_has_not_learned_are_said(cells, tiny_model):
+    model = ScGPT(tiny_model.config, GeneVocab(tiny_model.vocab.tokens, tiny_model.vocab.genes[:20]))
+    facts = inspect(cells, model=model).facts
+    assert facts["genes"]["held against"] == "the 280 genes that unnamed has learned"
+    assert any(line.startswith("20 columns are genes that the model has not learned: left out (") for line in facts["genes"]["match"])
+    known = cells[:, [name in tiny_model.vocab.genes[20:] for name in cells.var_names]].X
+    assert facts["cells"]["known genes per cell"]["largest"] == int(np.diff(known.tocsr().indptr).max())
+
+
 def test_lines_and_json_say_the_same(cells, tmp_path, capsys):
     change(cells, c3=0).write_h5ad(tmp_path / "cells.h5ad")
-    assert main(["inspect", str(tmp_path / "cells.h5ad"), "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "cells.h5ad"), "--model", "null", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["facts"]["file"]["format"] == "h5ad"
     assert values["works"]
-    assert main(["inspect", str(tmp_path / "cells.h5ad")]) == 0
+    assert main(["inspect", str(tmp_path / "cells.h5ad"), "--model", "null"]) == 0
     captured = capsys.readouterr()
     assert "cells: 60" in captured.out
     assert values["findings"][0]["text"] in captured.out
@@ -199,7 +217,7 @@ def test_lines_and_json_say_the_same(cells, tmp_path, capsys):
 def test_on_a_terminal_it_is_a_table(cells, capsys):
     from annformer.cli.inspect import _print_rich
 
-    _print_rich(inspect(change(cells, c3=np.nan)))
+    _print_rich(inspect(change(cells, c3=np.nan), model=None))
     out = capsys.readouterr().out
     assert "stops: " in out
     assert "share" in out

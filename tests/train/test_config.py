@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
 
 from annformer.errors import InputError
 from annformer.train.config import PretrainConfig
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("pretrain-*.yaml"))
+RECIPES = sorted((path for path in (files("annformer") / "recipes").iterdir() if path.name.startswith("pretrain-")), key=lambda p: p.name)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_reads_and_gives_a_network(path, tiny_vocab):
-    config = PretrainConfig.from_yaml(path.read_text(), where=path.name)
+    config = PretrainConfig.from_yaml(path.read_text(encoding="utf-8"), where=path.name)
     assert config.network(tiny_vocab).vocab_size == len(tiny_vocab)
     assert set(config.objectives) >= {"gep", "gepc"}
 
@@ -23,15 +23,26 @@ def test_an_empty_recipe_is_the_published_pair_of_objectives():
     assert config.train.asked_shares == (0.25, 0.5, 0.75)
 
 
+def test_what_a_recipe_says_is_what_it_reads_back():
+    config = PretrainConfig.from_yaml("train: {hold_out: {column: study, groups: [a, b]}, balance: {factors: {a: 2}}}", where="recipe")
+    assert PretrainConfig.read(config.model_dump(mode="json"), where="again") == config
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("train: {epoch: 3}", "train.epoch"),
+        ("train: {cells_per_step: 64}", "train.cells_per_step"),
+        ("train: {hold_out: {share: 1}}", "train.hold_out.share"),
+        ("train: {balance: {factors: {lung: -1}}}", "train.balance.factors.lung"),
+        ("train: {learning_rate: .inf}", "train.learning_rate"),
+        ("train: {mode: hide, asked_shares: [0]}", "asks for nothing"),
         ("model: {width: 30, n_heads: 4}", "multiple of n_heads"),
         ("train: {asked_shares: [0.5, 1.5]}", "asked_shares.1"),
         ("objectives: {}", "objectives"),
         ("objectives: {gep: {kind: gpe}}", "gpe"),
         ("train: [", "is not YAML"),
+        ("just words", "recipe.yaml"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(text, named):

@@ -2,5 +2,6 @@
 
 from annformer.baselines.gene_mean import gene_means
 from annformer.baselines.pca import pca_embedding
+from annformer.baselines.ridge import VisibleGeneRidge
 
-__all__ = ["gene_means", "pca_embedding"]
+__all__ = ["VisibleGeneRidge", "gene_means", "pca_embedding"]

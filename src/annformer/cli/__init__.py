@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": "what a file or a model is, whether it will work, what is odd about it",
     "embed": "cells in, the same cells with their embeddings out",
     "prepare": "data sets into one shuffled store for pretraining",
+    "pretrain": "a store into a model, trained from scratch; goes on where it was stopped",
     "convert": "the authors' checkpoint folder into ours, or back",
     "version": "the versions of annformer and of what it stands on",
 }

@@ -25,6 +25,8 @@ def explain(error: BaseException) -> str | None:
     """Message for what the user can put right; None when the error is ours."""
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt) and error.args:
+        return str(error)
     if isinstance(error, KeyboardInterrupt):
         remedy = "run it again, with --resume where a line above says that the work done is kept"
         return str(input_error("stopped by Ctrl-C; no output was left half written", "to run to the end", remedy))
@@ -79,5 +81,9 @@ def _system(code: int, error: BaseException) -> InputError:
         )
     if code in (errno.ENOTDIR, errno.EEXIST):
         return input_error(f"{named.strip() or 'a path'} is in the way", "a free path below a folder", "choose another path")
+    if code == errno.EIO:
+        text = f"reading{named} failed: {getattr(error, 'strerror', None) or error}"
+        remedy = "run it again, with --resume where a line above says that the work done is kept"
+        return input_error(text, "a disk or a connection that answers", remedy)
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return input_error(f"the system refused{named}: {text}", "files that can be read and written", "check the path and the disk")

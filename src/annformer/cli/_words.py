@@ -73,7 +73,7 @@ def _gather_lists(words: list[str], command: Callable[..., int | None], options:
     """Write the values of every list as one JSON word, so that `--exclude A B` and several bare words need no brackets."""
     positional = [p.annotation for p in inspect.signature(command).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     target = "" if positional == [list[str]] else None  # the list that a bare word belongs to; "": the positional one
-    lists = {option for option, annotation in options.items() if str(annotation).startswith("list[str]")}
+    lists = {option for option, annotation in options.items() if str(annotation).startswith("list[")}
     result: list[str] = []
     gathered: dict[str, list[str]] = {}
     now, taken = target, False

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,138 +21,143 @@ if TYPE_CHECKING:
 
     from annformer.data.anndata import AnnDataSource
     from annformer.datasets import Dataset
-    from annformer.train.config import PretrainConfig
-    from annformer.train.pretrain import Pretrained
+    from annformer.scgpt import ScGPT
 
 log = logging.getLogger(__name__)
 
 DATASET = "pbmc68k_reduced"
-RECIPE: dict[str, Any] = {
-    "model": {"width": 64, "n_heads": 2, "n_layers": 2, "ff_width": 64, "dropout": 0.0},
-    "objectives": {"gep": {"kind": "gep"}, "gepc": {"kind": "gepc"}},
-    "train": {"epochs": 20, "cells_per_step": 8, "learning_rate": 0.004},
-}
-"""What recipes/pretrain-tiny.yaml says; it stands here too because recipes are not installed."""
-FILES = ("report.html", "embedded.h5ad", "metrics.csv", "training.csv", "model")
-OURS, PCA, UNTRAINED = "annformer (tiny)", "PCA, 50 components", "untrained network"
-KEYS = {OURS: "X_annformer", PCA: "X_pca_of_raw", UNTRAINED: "X_untrained"}
-"""Method -> its place in `obsm` of embedded.h5ad."""
+FILES = ("report.html", "embedded.h5ad", "metrics.csv")
+PCA, SCALED, UNTRAINED = "PCA, 50 components", "PCA of scaled genes", "untrained network"
+KEY = "X_annformer"
+OTHER_KEYS = {PCA: "X_pca_of_raw", SCALED: "X_pca_of_scaled", UNTRAINED: "X_untrained"}
+"""What the model is compared with -> its place in `obsm` of embedded.h5ad."""
 SPLITS = (0, 1, 2, 3, 4)
 HIDDEN_SHARE = 0.3
 
 
 @dataclass
 class Run:
-    """What a demo run knows; every step adds to it."""
+    """What a demo run knows."""
 
     command: str
-    recipe: PretrainConfig
+    seed: int
     data: Dataset
     adata: AnnData
     source: AnnDataSource
-    pretrained: Pretrained
+    model: ScGPT
+    card: str
+    """Text of the model card, "" where the model has none."""
     annotation: pd.DataFrame
     """Scores by representation, classifier and split."""
     clustering: pd.DataFrame
     """Scores by representation."""
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Method -> its place in `obsm`; the model comes first, under its own name."""
+        return {self.model.name: KEY, **OTHER_KEYS}
 
-def command(*, out: str = "annformer-demo", seed: int = 0, overwrite: bool = False) -> None:
-    """Pretrain a tiny model on 700 real blood cells, embed them, find held-out labels, and put all on one page beside PCA.
 
-    The cells ship inside scanpy, so no network is needed. It takes one to three minutes on two cores.
+def command(*, out: str = "annformer-demo", model: str = "annformer-base", seed: int = 0, overwrite: bool = False) -> None:
+    """Embed 700 real blood cells with the model that ships, and put maps, clusters and labels on one page beside PCA.
+
+    Nothing is trained. The cells ship inside scanpy and the model inside annformer, so no network is needed. It takes less than a minute.
 
     Parameters
     ----------
     out
-        Folder for the page (report.html), the embedded cells, the numbers and the model.
+        Folder for the page (report.html), the embedded cells and the numbers.
+    model
+        Another model: its folder, a folder of scGPT's authors, the name of a checkpoint, or org/repository on the Hub.
     seed
-        Decides weights, splits, order and maps.
+        Decides splits, maps, and the weights of the untrained network.
     overwrite
         Replace the folder of an earlier demo.
     """
     from annformer import datasets
     from annformer.cli._demo_page import summary_lines
-    from annformer.train.config import PretrainConfig
 
     folder = Path(out)
-    recipe = PretrainConfig.read(RECIPE | {"train": RECIPE["train"] | {"seed": seed}}, where="--seed")
-    command = f"annformer demo --out {out} --seed {seed}"
-    run = make(folder, datasets.load(DATASET), recipe, command=command, overwrite=overwrite)
+    command = f"annformer demo --out {out} --model {model} --seed {seed}"
+    run = make(folder, datasets.load(DATASET), model, seed=seed, command=command, overwrite=overwrite)
     print("\n".join(summary_lines(run)))
     print(f"\nLook at {folder / 'report.html'} (also {', '.join(str(folder / name) for name in FILES[1:])})")
 
 
-def make(folder: Path, adata: AnnData, recipe: PretrainConfig, *, command: str, overwrite: bool) -> Run:
+def make(folder: Path, adata: AnnData, model: str | Path, *, seed: int, command: str, overwrite: bool) -> Run:
     """Do everything on `adata`, which is the data set of the demo or a part of it, and fill `folder`, whole or not at all."""
     from annformer.checkpoints import write_folder
     from annformer.cli._demo_page import write_page
 
     _require_free(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".work", dir=folder.parent) as work:
-        with _one_thread():
-            run = compute(adata, recipe, Path(work), command=command)
-        log.info("[6/6] writing the page and the results")
+    with _one_thread(), _reading_quietly():
+        run = compute(adata, model, seed=seed, command=command)
+        log.info("[5/5] writing the page and the results")
 
         def fill(fresh: Path) -> None:
-            run.pretrained.model.save_pretrained(fresh / "model")
             run.adata.write_h5ad(fresh / "embedded.h5ad")
             metrics(run).to_csv(fresh / "metrics.csv", index=False)
-            shutil.copy(Path(work) / "log.csv", fresh / "training.csv")
             write_page(run, fresh / "report.html")
 
         write_folder(folder, FILES, fill)
     return run
 
 
-def compute(adata: AnnData, recipe: PretrainConfig, work: Path, *, command: str) -> Run:
-    """Pretrain, embed, map, annotate, cluster."""
+def compute(adata: AnnData, source: str | Path, *, seed: int, command: str) -> Run:
+    """Embed, map, annotate, cluster."""
     from annformer.data.anndata import AnnDataSource
     from annformer.datasets import DATASETS
     from annformer.evaluate import leave_out_annotation
-    from annformer.train.pretrain import new_model, pretrain
-    from annformer.vocab import GeneVocab
+    from annformer.scgpt import ScGPT, locate
 
-    data, seed = DATASETS[DATASET], recipe.train.seed
-    seconds: dict[str, float] = {}
-    source = AnnDataSource(adata)
-    vocab = GeneVocab(tuple(adata.raw.var_names)).with_specials()
-    with _step(1, "pretraining a tiny model on the cells, without their labels", seconds):
-        pretrained = pretrain(source, vocab, recipe, work, name="annformer-demo")
-    with _step(2, "embedding the cells, and PCA of the same values", seconds):
-        represent(adata, {OURS: pretrained.model, UNTRAINED: new_model(vocab, recipe)}, seed)
-    with _step(3, "neighbours and UMAP", seconds):
-        draw_maps(adata, seed)
-    representations = {name: np.asarray(adata.obsm[key]) for name, key in KEYS.items()}
+    data, seconds = DATASETS[DATASET], dict[str, float]()
+    place = locate(source)
+    model = ScGPT.from_pretrained(place)
+    card = (place / "README.md").read_text(encoding="utf-8") if (place / "README.md").is_file() else ""
+    with _step(1, f"embedding {adata.n_obs} cells with {model.name}, an untrained network, and PCA", seconds):
+        represent(adata, model, seed)
+    with _step(2, "neighbours and UMAP", seconds):
+        draw_maps(adata, [KEY, *OTHER_KEYS.values()], seed)
+    representations = {name: np.asarray(adata.obsm[key]) for name, key in {model.name: KEY, **OTHER_KEYS}.items()}
     labels = adata.obs[data.label_key].to_numpy()
-    with _step(4, f"finding the labels of held-out cells, {len(SPLITS)} splits", seconds):
+    with _step(3, f"finding the labels of held-out cells, {len(SPLITS)} splits", seconds):
         annotation = leave_out_annotation(representations, labels, test_share=HIDDEN_SHARE, seeds=[seed + split for split in SPLITS])
-    with _step(5, "clustering", seconds):
+    with _step(4, "clustering", seconds):
         clustering = _cluster(representations, labels, seed)
-    return Run(command, recipe, data, adata, source, pretrained, annotation, clustering, seconds)
+    return Run(command, seed, data, adata, AnnDataSource(adata), model, card, annotation, clustering, seconds)
 
 
-def represent(adata: AnnData, models: Mapping[str, Any], seed: int) -> None:
-    """Put the embedding of every model, and the principal components of the same matrix, into `obsm`."""
+def represent(adata: AnnData, model: ScGPT, seed: int) -> None:
+    """Put the embedding, that of an untrained network of the same shape, and the principal components of the same cells into `obsm`."""
     from annformer.baselines import pca_embedding
     from annformer.tasks.embedding import embed
 
-    for name, model in models.items():
-        embed(adata, model, key_added=KEYS[name], progress=False)
-    adata.obsm[KEYS[PCA]] = pca_embedding(adata.raw.X, n_components=50, seed=seed)
+    embed(adata, model, key_added=KEY, progress=False)
+    embed(adata, _untrained(model, seed), key_added=OTHER_KEYS[UNTRAINED], progress=False)
+    adata.obsm[OTHER_KEYS[PCA]] = pca_embedding(adata.raw.X, n_components=50, seed=seed)
+    adata.obsm[OTHER_KEYS[SCALED]] = pca_embedding(adata.X, n_components=50, seed=seed)
 
 
-def draw_maps(adata: AnnData, seed: int) -> None:
-    """Two-dimensional maps of ours and of PCA at `obsm[<key>_umap]`, with the same settings."""
+def _untrained(model: ScGPT, seed: int) -> ScGPT:
+    import torch
+
+    from annformer.scgpt import ScGPT
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ScGPT(model.config, model.vocab).eval()
+
+
+def draw_maps(adata: AnnData, keys: list[str], seed: int) -> None:
+    """Two-dimensional maps of all representations at `obsm[<key>_umap]`, with the same settings."""
     import scanpy as sc
 
-    for name in (OURS, PCA):
-        copy = sc.AnnData(obsm={"X": adata.obsm[KEYS[name]]})
+    for key in keys:
+        copy = sc.AnnData(obsm={"X": adata.obsm[key]})
         sc.pp.neighbors(copy, n_neighbors=min(15, adata.n_obs - 1), use_rep="X", random_state=seed)
         sc.tl.umap(copy, random_state=seed)
-        adata.obsm[f"{KEYS[name]}_umap"] = copy.obsm["X_umap"].astype(np.float32)
+        adata.obsm[f"{key}_umap"] = copy.obsm["X_umap"].astype(np.float32)
 
 
 def metrics(run: Run) -> pd.DataFrame:
@@ -164,10 +167,7 @@ def metrics(run: Run) -> pd.DataFrame:
     annotation = run.annotation.melt(["representation", "classifier", "seed"], ["accuracy", "macro_f1"], var_name="measure")
     numbers = ["n_clusters", "nmi", "ari", "silhouette", "avg_bio"]
     clustering = run.clustering.rename(columns={"method": "classifier"}).melt(["representation", "classifier"], numbers, var_name="measure")
-    errors = pd.DataFrame(
-        {"representation": list(run.pretrained.errors), "measure": "squared error", "value": run.pretrained.errors.values()}
-    )
-    parts = {"annotation": annotation, "clustering": clustering, "held-out expression": errors}
+    parts = {"annotation": annotation, "clustering": clustering}
     table = pd.concat([part.assign(task=task) for task, part in parts.items()])
     return table.rename(columns={"representation": "method", "classifier": "by"})[["task", "method", "by", "seed", "measure", "value"]]
 
@@ -197,8 +197,20 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def _reading_quietly() -> Iterator[None]:
+    """The same cells are read several times; what is found out about them stands on the page."""
+    reader = logging.getLogger("annformer.data")
+    before = reader.level
+    reader.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        reader.setLevel(before)
+
+
+@contextmanager
 def _step(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
-    log.info("[%d/6] %s", number, what)
+    log.info("[%d/5] %s", number, what)
     began = time.perf_counter()
     yield
     seconds[what] = time.perf_counter() - began

@@ -12,7 +12,7 @@ def command(
     file: str,
     *,
     out: str,
-    model: str,
+    model: str = "annformer-base",
     key_added: str = "X_annformer",
     gene_key: str | None = None,
     layer: str | None = None,
@@ -39,7 +39,8 @@ def command(
     out
         What to write: an .h5ad file or a .zarr folder.
     model
-        A model folder, a folder of scGPT's authors, the name of a checkpoint such as scgpt-human, or org/repository on the Hub.
+        A model folder, a folder of scGPT's authors, the name of a checkpoint such as scgpt-human, or org/repository on the Hub; by default
+        the model that ships with annformer.
     key_added
         Name of the embedding in obsm.
     gene_key

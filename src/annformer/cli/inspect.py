@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("annformer")
 
 
-def command(path: str, *, model: str | None = None, gene_key: str | None = None, layer: str | None = None, json: bool = False) -> None:
+def command(
+    path: str, *, model: str | None = "annformer-base", gene_key: str | None = None, layer: str | None = None, json: bool = False
+) -> None:
     """Say what a file of cells or a model is, whether embedding it will work, and what is odd about it.
 
     Problems inside the file are findings, and the exit status is 0; it is 2 when the file cannot be read.
@@ -23,7 +25,8 @@ def command(path: str, *, model: str | None = None, gene_key: str | None = None,
         Cells: an .h5ad or 10x .h5 file, a .zarr folder or a 10x folder with matrix.mtx. Or a model: its folder, the authors' folder, or
         the name of a checkpoint.
     model
-        Model that the cells are meant for: its vocabulary is matched, and the time of embedding is measured.
+        Model that the cells are meant for: its vocabulary is matched, and the time of embedding is measured. By default the one that ships
+        with annformer; null: none, only the table of human genes.
     gene_key
         Column of var that holds the gene names; by default the names of var.
     layer

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from annformer.data.store import StoreManifest
+    from annformer.data.store_manifest import StoreManifest
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,7 @@ def command(
     *,
     out: str,
     exclude: list[str] | None = None,
+    obs_filter: str | None = None,
     columns: list[str] | None = None,
     vocab: str | None = None,
     allow_normalised: bool = False,
@@ -29,20 +30,26 @@ def command(
 ) -> None:
     """Turn data sets into one shuffled store for pretraining.
 
-    Genes are brought to approved names, empty and duplicate cells are left out. Memory does not grow with the number of cells. The store
-    appears whole or not at all; the work of a run that was stopped is kept beside it, and --resume goes on with it.
+    Genes are brought to approved names, empty and duplicate cells are left out. Memory does not grow with the number of cells, but
+    for their labels. The store appears whole or not at all; the work of a run that was stopped is kept beside it, and --resume goes on with
+    it.
 
     Parameters
     ----------
     files
-        Any mix of .h5ad and 10x .h5 files, .zarr folders, 10x folders with matrix.mtx, folders that hold such, and tables (.tsv, .csv)
-        with a column `path` and any of gene_key, layer, orthologs, study, tissue, assay ...
+        Any mix of .h5ad and 10x .h5 files, .zarr folders, 10x folders with matrix.mtx, folders that hold such, TileDB-SOMA experiments
+        (folders or s3://...), the CELLxGENE Census (census:2025-01-30, census:stable, census:stable/mus_musculus), and tables (.tsv,
+        .csv) with a column `path` and any of gene_key, layer, orthologs, obs_filter, measurement, study, tissue, assay ...
     out
         The store: a folder that is made.
     exclude
         Data sets whose cells must not get into the store, recognised by their counts: what a model will be evaluated on.
+    obs_filter
+        Which cells of SOMA experiments and the Census, e.g. "tissue_general in ['blood', 'bone marrow'] and disease == 'normal'". Cells
+        that the Census holds twice are taken once: is_primary_data == True is added, unless the filter names is_primary_data itself.
     columns
-        Label columns of obs to keep; by default study, tissue, assay, cell_type and batch.
+        Label columns of obs to keep; by default study, tissue, assay, cell_type and batch. In the Census study is dataset_id and batch is
+        donor_id.
     vocab
         A vocab.json with the genes to keep; by default every approved gene that some data set has.
     allow_normalised
@@ -56,12 +63,13 @@ def command(
     overwrite
         Replace OUT if it is a store.
     """
+    from annformer.data.find_studies import find_studies
     from annformer.data.store_writer import LABELS, write_store
     from annformer.vocab import GeneVocab
 
     with _bar() as progress:
         manifest = write_store(
-            files,
+            find_studies(files, obs_filter=obs_filter),
             out,
             exclude=exclude or (),
             vocab=None if vocab is None else GeneVocab.from_json(vocab).with_specials(),

@@ -62,6 +62,8 @@ def to_authors(
     if model.attention_dropout != model.dropout:
         rates = f"dropout {model.dropout:g}, which acts on attention too; here that is {model.attention_dropout:g}"
         notes.append(f"their code has one {rates} (matters in training only)")
+    if tokenizer.zeros != 0:
+        notes.append(f"zeros={tokenizer.zeros}: their embed_data reads expressed genes alone")
     args = _args(model, tokenizer, heads, generative=generative)
     return Authors(args, _export(model, heads, weights, spelling, generative=generative), notes)
 
@@ -134,6 +136,7 @@ def _args(model: ModelConfig, tokenizer: TokenizerSettings, heads: Mapping[str, 
         "pad_token": "<pad>",
         "pad_value": int(cls_value) if cls_value == int(cls_value) else cls_value,  # their embed_data gives <cls> the padding's value
         "cls_value": cls_value,  # read by nobody but our import: fine-tuning and pretraining differ in it
+        "zeros": tokenizer.zeros,  # likewise
         "mask_value": -1,
         "n_bins": tokenizer.n_bins,
         "max_seq_len": tokenizer.max_length,

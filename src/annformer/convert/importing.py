@@ -267,6 +267,7 @@ def _tokenizer(args: Mapping[str, Any], found: _Found, cls_value: object) -> Tok
         "n_bins": args.get("n_bins") or 51,
         "max_length": args.get("max_seq_len") or 1200,
         "cls_value": cls_value,
+        "zeros": args.get("zeros") or 0.0,  # of ours that went to their format; what they call include_zero_gene is said in the notes
         "values": "raw" if "flags" in found.parts else "bins",  # their perturbation model reads expression as it is
     }
     return TokenizerSettings.read(fields, where="args.json")
@@ -297,6 +298,9 @@ def _notes(args: Mapping[str, Any], found: _Found) -> list[str]:
         notes.append(
             "dsbn: each cell is normalised by its own batch; their code takes the first cell's batch for all cells of a mini-batch"
         )
+    if args.get("include_zero_gene"):
+        said = "it was fine-tuned with the zeros of its genes (include_zero_gene)"
+        notes.append(f"{said}; expressed genes alone are read here, as by their embed_data")
     if args.get("dropout"):
         notes.append("dropout acts on residuals and feed-forward; theirs also on attention (set attention_dropout for that)")
     return notes

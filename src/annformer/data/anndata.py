@@ -37,7 +37,7 @@ class AnnDataSource:
     ----------
     data
         AnnData (also a view, or backed), or the path of an h5ad file, a zarr folder, a 10x `.h5` file, a 10x mtx folder or an
-        mtx file with its two tables beside it.
+        mtx file with its two tables beside it; or a container that is open already.
         mtx folders, and (with a warning) the cells of a view of a backed AnnData, are read into memory whole.
     gene_key
         Column of var that holds the gene names or ids; None: the names of var.
@@ -58,7 +58,7 @@ class AnnDataSource:
 
     def __init__(
         self,
-        data: AnnData | str | Path,
+        data: AnnData | str | Path | Container,
         *,
         gene_key: str | None = None,
         layer: str | None = None,
@@ -189,7 +189,7 @@ class AnnDataSource:
         values = require_column(self.container.obs, column, where="obs", option=f"{role}_key")
         missing = np.flatnonzero(np.asarray(values.isna()))
         if len(missing):
-            found = f"obs[{column!r}] has no value in {len(missing)} of {self.n_obs} cells (the first: {self.obs_names[missing[0]]!r})"
+            found = f"obs[{column!r}] has no value in {len(missing)} of {self.n_obs} cells (the first: {str(self.obs_names[missing[0]])!r})"
             raise input_error(
                 found,
                 f"a {role} for every cell",
@@ -237,7 +237,7 @@ class AnnDataSource:
         gene = self.var.names[stored.indices[first]]
         counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
         where = f"{self.counts.where} of {self.name}"
-        at = f"the first is {stored.data[first]} in cell {self.obs_names[row]!r}, gene {gene!r}"
+        at = f"the first is {stored.data[first]} in cell {str(self.obs_names[row])!r}, gene {gene!r}"
         found = f"{where} has {counted} values in cells {rows.min()} to {rows.max()}; {at}"
         return input_error(
             found, "finite values that are not negative", "correct or remove these values, or read another layer with layer=..."
@@ -252,7 +252,7 @@ class AnnDataSource:
             return _without_other_features(names, self.var)
 
     def _refuse_transposed(self, match: GeneMatch, vocab: GeneVocab) -> None:
-        turned = match_genes(self.obs_names[:5000], vocab, orthologs=self._orthologs)
+        turned = match_genes(as_text(self.obs_names[:5000]), vocab, orthologs=self._orthologs)
         if turned.share >= max(0.3, 2 * match.share):
             shares = f"{turned.share:.0%} of the obs names are genes, {match.share:.0%} of the {self.gene_key or 'var names'}"
             found = f"{self.name} seems to be transposed: {shares}"

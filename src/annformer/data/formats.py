@@ -53,8 +53,10 @@ class Container:
         return reading(f"{what} of {self.name}" if what else self.name) if self.on_disk else nullcontext()
 
 
-def open_container(data: anndata.AnnData | str | Path) -> Container:
+def open_container(data: anndata.AnnData | str | Path | Container) -> Container:
     """Look at what `data` is; read nothing yet but, for mtx folders, everything."""
+    if isinstance(data, Container):
+        return data
     if isinstance(data, anndata.AnnData):
         return _of_anndata(data)
     if not isinstance(data, str | Path):

@@ -1,8 +1,9 @@
 """The on-disk corpus for pretraining: memory-mapped Arrow shards of shuffled cells, read at random through views.
 
-A store is a folder: `manifest.json`, `vocab.json`, `genes.tsv` and shards, each an Arrow IPC stream with a row for every cell: `gene_ids`
-(ascending ids of `vocab.json`), `counts`, a code for every label column (what it stands for is in the manifest), and where the cell came
-from (`source`, `row`). `store_writer.write_store` makes it; `datasets.load_dataset("arrow", data_files="STORE/*.arrow")` opens it too.
+A store is a folder: `manifest.json`, `vocab.json`, `genes.tsv`, `measured.npy` and shards, each an Arrow IPC stream with a row for every
+cell: `gene_ids` (ascending ids of `vocab.json`), `counts`, a code for every label column (what it stands for is in the manifest), and where
+the cell came from (`source`, `row`). `store_writer.write_store` makes it; `datasets.load_dataset("arrow", data_files="STORE/*.arrow")`
+opens it too.
 """
 
 from __future__ import annotations
@@ -11,92 +12,28 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from annformer.config import Config
 from annformer.data.collapse import Rows, collapse
+from annformer.data.measured import read_measured
+from annformer.data.store_manifest import MeasuredRecord, Shard, StoreManifest
 from annformer.data.studies import file_sha256
 from annformer.data.tables import unknown_name
 from annformer.errors import InputError, input_error
 from annformer.genes import GeneMatch, match_genes
-from annformer.tokens import CellBatch
+from annformer.kernels import jit
+from annformer.tokens import CellBatch, Measured
 from annformer.vocab import GeneVocab
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 OWN_COLUMNS: Final = ("gene_ids", "counts", "source", "row")
 """Columns of a shard that are not labels."""
-
-
-class Shard(Config):
-    """One file of cells."""
-
-    file: str
-    n_cells: int
-    n_values: int
-    n_bytes: int
-    sha256: str
-
-
-class SourceRecord(Config):
-    """One data set that the store was made of, and what became of its cells."""
-
-    file: str
-    name: str
-    """The file's name, with as many folders before it as tell it from the others."""
-    n_bytes: int
-    sha256: str
-    counts_from: str
-    """Which matrix was read."""
-    kind: Literal["counts", "log-normalised", "normalised"]
-    n_cells: int
-    n_kept: int
-    n_empty: int
-    """Cells without any gene of the store."""
-    n_duplicates: int
-    """Cells whose counts equal those of a cell that was kept."""
-    n_excluded: int
-    """Cells left out because a held-out data set has them."""
-    found_in: dict[str, int]
-    """These cells by held-out data set; one may count for several."""
-    genes: dict[str, Any]
-    """The match report."""
-
-
-class HeldOutRecord(Config):
-    """One data set whose cells the store must not hold."""
-
-    file: str
-    name: str
-    """The file's name, with as many folders before it as tell it from the others."""
-    n_bytes: int
-    sha256: str
-    n_found: int
-    """Cells of the sources that were recognised as cells of this data set."""
-
-
-class StoreManifest(Config):
-    """What a store holds and how it came about."""
-
-    format: Literal[1]
-    version: str
-    """Of annformer."""
-    seed: int
-    n_cells: int
-    n_values: int
-    """Gene-count pairs."""
-    n_genes: int
-    """Genes of the vocabulary that some cell expresses."""
-    columns: dict[str, list[str]]
-    """For each label column what its codes stand for."""
-    shards: list[Shard]
-    sources: list[SourceRecord]
-    held_out: list[HeldOutRecord]
 
 
 class _Part(NamedTuple):
@@ -112,7 +49,7 @@ class _Part(NamedTuple):
 class StoreSource:
     """Cells of a store, in any order, at the speed of copying them.
 
-    Opening compares the sizes of the shards with the manifest; `verify` compares their hashes. Memory-mapped: processes that open the same
+    Opening compares the sizes of the files with the manifest; `verify` compares their hashes. Memory-mapped: processes that open the same
     store share its pages. Can be pickled.
 
     Parameters
@@ -133,7 +70,7 @@ class StoreSource:
         self.manifest = _read_manifest(self.path)
         self.vocab = GeneVocab.from_json(self.path / "vocab.json")
         self.categories: dict[str, tuple[str, ...]] = {}
-        _require_sizes(self.path, self.manifest.shards)
+        _require_sizes(self.path, self._files)
         mapped = {shard.file: _open_shard(self.path / shard.file, list(self.manifest.columns)) for shard in self.manifest.shards}
         self._parts = [part for shard in self.manifest.shards for part in mapped[shard.file]]
         self._starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self._parts)])
@@ -141,6 +78,7 @@ class StoreSource:
         if found != told:
             raise _damaged(self.path, f"its shards hold {found:,} cells, its manifest says {told:,}")
         self._tables: dict[GeneVocab, tuple[np.ndarray, np.ndarray]] = {}
+        self._measured: dict[GeneVocab, np.ndarray | None] = {}
 
     def __reduce__(self) -> tuple[type[StoreSource], tuple[Path]]:
         return StoreSource, (self.path,)
@@ -154,6 +92,30 @@ class StoreSource:
     def lengths(self) -> Int[np.ndarray, "cell"]:
         """Expressed genes of every cell."""
         return np.concatenate([np.diff(part.offsets) for part in self._parts])
+
+    def lengths_over(self, vocab: GeneVocab) -> Int[np.ndarray, "cell"]:
+        """Expressed genes of every cell that `vocab` has, counted by going through the store once."""
+        slots, gene_ids = self._slots(vocab)
+        return np.concatenate([_distinct(part.offsets, part.gene_ids, slots, len(gene_ids)) for part in self._parts])
+
+    def n_measured_over(self, vocab: GeneVocab) -> Int[np.ndarray, "cell"]:
+        """Genes that `vocab` has and that the source of the cell measured, of every cell."""
+        genes = self._measured_over(vocab)
+        if genes is None:
+            return np.full(self.n_obs, len(self.rows([], vocab=vocab).gene_ids))
+        return np.count_nonzero(genes, axis=1)[self.codes("source")]
+
+    def require_measured(self) -> None:
+        """Refuse a store that cannot tell which genes a cell's source measured: its zeros would be false.
+
+        Raises
+        ------
+        InputError
+            When it holds several sources and was made before this was written down.
+        """
+        if self.manifest.measured is None and len(self.manifest.sources) > 1:
+            found = f"zeros are asked for, and the store {self.path} does not say which genes each of its sources measured"
+            raise input_error(found, "a store of this version", "make it again with `annformer prepare`, or set tokenizer.zeros to 0")
 
     @cached_property
     def obs_names(self) -> np.ndarray:
@@ -188,7 +150,7 @@ class StoreSource:
         vocab: GeneVocab | None = None,
         label_keys: Mapping[str, str] | None = None,
     ) -> CellBatch:
-        """Read the given cells, in this order.
+        """Read the given cells, in this order; the batch says which genes the source of each measured, where sources differ in that.
 
         Parameters
         ----------
@@ -197,10 +159,11 @@ class StoreSource:
         label_keys
             For each role (`batch`, `cell_type`, ...) the column whose codes go into `labels`; see `categories`.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
-        ids, counts = [], []
+        wanted, vocab = np.asarray(rows, dtype=np.int64), self.vocab if vocab is None else vocab
+        ids, counts, sources = [], [], []
         for number, row in self._places(wanted):
             part = self._parts[number]
+            sources.append(part.codes["source"][row])
             begin, end = part.offsets[row], part.offsets[row + 1]
             ids.append(part.gene_ids[begin:end])
             counts.append(part.counts[begin:end])
@@ -208,12 +171,14 @@ class StoreSource:
         np.cumsum([len(values) for values in counts], out=indptr[1:])
         assert indptr[-1] < 2**31, "a batch holds fewer than 2**31 values"
         stored = Rows(indptr.astype(np.int32), _joined(ids, np.int32), _joined(counts, np.float32))
-        cells, gene_ids = self._over(stored, self.vocab if vocab is None else vocab)
+        cells, gene_ids = self._over(stored, vocab)
         labels = {}
         for role, column in (label_keys or {}).items():
             labels[role] = self.codes(column, wanted)
             self.categories[role] = tuple(self.manifest.columns[column])
-        return CellBatch(cells, gene_ids, wanted, labels)
+        genes = self._measured_over(vocab)
+        measured = None if genes is None else Measured(genes, np.array(sources, dtype=np.int64))
+        return CellBatch(cells, gene_ids, wanted, labels, measured)
 
     def batches(
         self,
@@ -231,7 +196,7 @@ class StoreSource:
             yield self.rows(wanted[first : first + size], vocab=vocab, label_keys=label_keys)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compare every shard with its hash; do so before a long run.
+        """Compare every file of cells, and the one of measured genes, with its hash; do so before a long run.
 
         Parameters
         ----------
@@ -241,19 +206,24 @@ class StoreSource:
         Raises
         ------
         InputError
-            Naming every shard that is not what was written.
+            Naming every file that is not what was written.
         """
         bad, done = [], 0
-        shards = {shard.file: shard for shard in self.manifest.shards}
-        total = sum(shard.n_bytes for shard in shards.values())
-        for shard in shards.values():
-            if file_sha256(self.path / shard.file) != shard.sha256:
-                bad.append(shard.file)
-            done += shard.n_bytes
+        files = {file.file: file for file in self._files}
+        total = sum(file.n_bytes for file in files.values())
+        for file in files.values():
+            if file_sha256(self.path / file.file) != file.sha256:
+                bad.append(file.file)
+            done += file.n_bytes
             if progress is not None:
                 progress(done, total)
         if bad:
-            raise _damaged(self.path, f"{len(bad)} of its {len(shards)} shards are not what was written: {', '.join(bad)}")
+            raise _damaged(self.path, f"{len(bad)} of its {len(files)} files are not what was written: {', '.join(bad)}")
+
+    @property
+    def _files(self) -> list[Shard | MeasuredRecord]:
+        """Files whose size and hash the manifest has."""
+        return [*self.manifest.shards, *([self.manifest.measured] if self.manifest.measured else [])]
 
     def _places(self, rows: Int[np.ndarray, "cell"]) -> Iterator[tuple[int, int]]:
         """Part of every cell, and its row there."""
@@ -264,8 +234,8 @@ class StoreSource:
         return zip(parts.tolist(), (rows - self._starts[parts]).tolist(), strict=True)
 
     def _over(self, stored: Rows, vocab: GeneVocab) -> tuple[csr_array, Int[np.ndarray, "gene"]]:
-        if vocab is self.vocab or vocab == self.vocab:
-            counts, gene_ids = stored, np.arange(len(self.vocab))
+        if self._is_own(vocab):
+            counts, gene_ids = stored, np.arange(len(self.vocab.genes))
         else:
             slots, gene_ids = self._slots(vocab)
             changed = collapse(stored, slots, len(gene_ids))
@@ -273,6 +243,15 @@ class StoreSource:
         cells = csr_array((counts.data, counts.indices, counts.indptr), shape=(len(counts.indptr) - 1, len(gene_ids)))
         cells.has_canonical_format = True
         return cells, gene_ids
+
+    def _is_own(self, vocab: GeneVocab) -> bool:
+        """Whether what is stored is what a batch holds."""
+        return self._genes_first and (vocab is self.vocab or vocab == self.vocab)
+
+    @cached_property
+    def _genes_first(self) -> bool:
+        """Whether all special tokens stand behind the genes: then ids are columns, and no special token is among the columns."""
+        return bool(self.vocab.is_gene[: len(self.vocab.genes)].all())
 
     def _slots(self, vocab: GeneVocab) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "gene"]]:
         """For every id of the store its place among the genes that `vocab` has, and the ids of these."""
@@ -285,15 +264,51 @@ class StoreSource:
             self._tables[vocab] = slots, gene_ids
         return self._tables[vocab]
 
+    def _measured_over(self, vocab: GeneVocab) -> Bool[np.ndarray, "source gene"] | None:
+        """Which columns of a batch every source measured; None if all did all, or if that was not written down."""
+        if vocab not in self._measured:
+            genes = self._read_measured(vocab) if self.manifest.measured else None
+            self._measured[vocab] = None if genes is None or genes.all() else genes
+        return self._measured[vocab]
+
+    def _read_measured(self, vocab: GeneVocab) -> Bool[np.ndarray, "source gene"]:
+        assert self.manifest.measured is not None
+        file, n_sources = self.manifest.measured.file, len(self.manifest.sources)
+        try:
+            tokens = read_measured(self.path / file, n_sources, len(self.vocab))
+        except (ValueError, OSError) as error:
+            raise _damaged(self.path, f"its file {file} cannot be read ({error})") from error
+        if self._is_own(vocab):
+            return np.ascontiguousarray(tokens[:, : len(self.vocab.genes)])
+        slots, gene_ids = self._slots(vocab)
+        genes = np.zeros((n_sources, len(gene_ids)), dtype=bool)
+        source, token = np.nonzero(tokens & (slots >= 0))
+        genes[source, slots[token]] = True
+        return genes
+
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
 
 
+@jit
+def _distinct(offsets: Any, gene_ids: Any, slots: Any, n_slots: int) -> Any:
+    """For each cell the number of different slots of its genes."""
+    lengths = np.zeros(len(offsets) - 1, dtype=np.int64)
+    seen_in = np.full(n_slots, -1)
+    for cell in range(len(lengths)):
+        for k in range(offsets[cell], offsets[cell + 1]):
+            slot = slots[gene_ids[k]]
+            if slot >= 0 and seen_in[slot] != cell:
+                seen_in[slot] = cell
+                lengths[cell] += 1
+    return lengths
+
+
 def _read_manifest(path: Path) -> StoreManifest:
     file = path / MANIFEST
     if not file.is_file():
-        partial = path.with_name(path.name + ".partial").is_dir()
+        partial = Path(f"{path.resolve()}.partial").is_dir()
         found = f"{path} is not a store" + ("; it is still unfinished" if partial else f": it has no {MANIFEST}")
         remedy = "run the same `annformer prepare` with --resume" if partial else "make one with `annformer prepare`"
         raise input_error(found, "a folder made by `annformer prepare`", remedy)
@@ -307,13 +322,13 @@ def _read_manifest(path: Path) -> StoreManifest:
     return StoreManifest.read(values, where=str(file))
 
 
-def _require_sizes(path: Path, shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        file = path / shard.file
+def _require_sizes(path: Path, files: Sequence[Shard | MeasuredRecord]) -> None:
+    for told in files:
+        file = path / told.file
         size = file.stat().st_size if file.is_file() else None
-        if size != shard.n_bytes:
-            what = "is missing" if size is None else f"has {size:,} bytes, its manifest says {shard.n_bytes:,}"
-            raise _damaged(path, f"its shard {shard.file} {what}")
+        if size != told.n_bytes:
+            what = "is missing" if size is None else f"has {size:,} bytes, its manifest says {told.n_bytes:,}"
+            raise _damaged(path, f"its file {told.file} {what}")
 
 
 def _open_shard(path: Path, columns: list[str]) -> list[_Part]:

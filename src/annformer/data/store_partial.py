@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from annformer.data.partial import hold
-from annformer.data.store import MANIFEST, StoreManifest
+from annformer.data.store import MANIFEST
+from annformer.data.store_manifest import StoreManifest
 from annformer.errors import InputError, input_error
 from annformer.vocab import GeneVocab
 

@@ -9,8 +9,9 @@ from typing import Any, Final, NamedTuple
 
 import annformer
 from annformer.data.cell_keys import HeldOut
+from annformer.data.find_studies import find_studies, study_names
 from annformer.data.store import OWN_COLUMNS
-from annformer.data.studies import Study, find_studies, study_names
+from annformer.data.studies import Study
 from annformer.errors import InputError, input_error
 from annformer.genes import table_vocab
 from annformer.vocab import GeneVocab

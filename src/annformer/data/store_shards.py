@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from annformer.data.store import Shard
 from annformer.data.store_buckets import Cells, by_key
+from annformer.data.store_manifest import Shard
 from annformer.data.studies import file_sha256
 from annformer.kernels import jit
 from annformer.vocab import GeneVocab

@@ -19,8 +19,10 @@ from jaxtyping import Bool, Int
 
 import annformer
 from annformer.data.cell_keys import Held, HeldOut, cell_keys, shuffled
-from annformer.data.store import FORMAT, HeldOutRecord, Shard, SourceRecord, StoreManifest
+from annformer.data.measured import note_measured, write_measured
+from annformer.data.store import FORMAT
 from annformer.data.store_buckets import Buckets, Cells, facts_type
+from annformer.data.store_manifest import HeldOutRecord, Shard, SourceRecord, StoreManifest
 from annformer.data.store_partial import PartialStore, State
 from annformer.data.store_plan import Plan, make_plan, no_counts
 from annformer.data.store_shards import ShardWriter
@@ -130,6 +132,7 @@ def _scatter(plan: Plan, partial: PartialStore, buckets: Buckets, report: Progre
     for number in range(state.source, len(plan.studies)):
         reader = _Reader(plan, number, held_out, codes)
         state.studies[number:] = [reader.facts()]
+        note_measured(partial.buckets, number, reader.source.match(plan.vocab).ids, len(plan.vocab))
         for cells in reader.cells(state.row, state.counters(number)):
             buckets.add(cells)
             state.row = reader.row
@@ -184,7 +187,7 @@ class _Reader:
         facts = np.empty(len(lengths), dtype=facts_type(len(self.codes)))
         everywhere = np.zeros(len(self.plan.vocab), dtype=np.int8)
         facts["key"] = shuffled(cell_keys(batch, everywhere)[0][:, 0], self.plan.seed)
-        facts["source"], facts["row"], facts["length"] = self.number, batch.rows, lengths
+        facts["source"], facts["row"], facts["length"] = self.number, self.source.numbers(batch.rows), lengths
         for i, codes in enumerate(self.codes):
             facts[f"c{i}"] = codes[batch.rows]
         gene_ids = np.asarray(batch.gene_ids, dtype=np.int32)[batch.counts.indices]
@@ -224,11 +227,9 @@ def _manifest(plan: Plan, partial: PartialStore, shards: ShardWriter) -> StoreMa
     sources = [_source_record(plan, state, number) for number in range(len(plan.studies))]
     held_out = [
         HeldOutRecord(
-            file=study.name,
             name=name,
-            n_bytes=study.n_bytes(),
-            sha256=study.sha256(),
             n_found=sum(s.found_in.get(name, 0) for s in sources),
+            **study.record(),
         )
         for name, study in plan.held_out.items()
     ]
@@ -243,6 +244,7 @@ def _manifest(plan: Plan, partial: PartialStore, shards: ShardWriter) -> StoreMa
         shards=[shard for shard in written if shard.n_cells],
         sources=sources,
         held_out=held_out,
+        measured=write_measured(partial.store, partial.buckets, len(plan.studies)),
     )
 
 
@@ -251,16 +253,14 @@ def _source_record(plan: Plan, state: State, number: int) -> SourceRecord:
     counters, n_cells = state.counters(number), plan.n_cells[number]
     n_empty, n_duplicates, n_excluded = (counters.get(reason, 0) for reason in ("empty", "duplicates", "excluded"))
     return SourceRecord(
-        file=study.name,
         name=name,
-        n_bytes=study.n_bytes(),
-        sha256=study.sha256(),
         n_cells=n_cells,
         n_kept=n_cells - n_empty - n_duplicates - n_excluded,
         n_empty=n_empty,
         n_duplicates=n_duplicates,
         n_excluded=n_excluded,
         found_in={reason[3:]: n for reason, n in counters.items() if reason.startswith("in ")},
+        **study.record(),
         **state.studies[number],
     )
 

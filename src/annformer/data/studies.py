@@ -1,16 +1,15 @@
-"""Studies: which data sets a corpus is made of, what is said about their cells, how they are opened."""
+"""Studies: the data sets that a corpus is made of, what is said about their cells, how they are opened."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
-from jaxtyping import Int
+import pandas as pd
+from jaxtyping import Int, Integer
 from pydantic import Field
 
 from annformer.config import Config
@@ -18,13 +17,9 @@ from annformer.data.anndata import AnnDataSource
 from annformer.data.counts import CountsChoice
 from annformer.data.source import CellSource
 from annformer.data.tables import Table, as_text
-from annformer.errors import input_error
 from annformer.genes import read_orthologs
 
 UNKNOWN: Final = "unknown"
-SETTINGS: Final = ("path", "gene_key", "layer", "orthologs")
-"""Columns of a table of studies that are not labels of the cells."""
-_ZARR: Final = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 
 
 class StudyCells(CellSource, Protocol):
@@ -40,6 +35,10 @@ class StudyCells(CellSource, Protocol):
     @property
     def obs(self) -> Table:
         """Table of the cells."""
+        ...
+
+    def numbers(self, rows: Int[np.ndarray, "cell"]) -> Int[np.ndarray, "cell"]:
+        """What the cells in these rows are called where they come from, as numbers."""
         ...
 
     def close(self) -> None:
@@ -75,7 +74,7 @@ class Study(Config):
             Refuse it when a smaller share of its columns is known to a vocabulary.
         """
         orthologs = None if self.orthologs is None else read_orthologs(self.orthologs)
-        return _FileCells(self.path, gene_key=self.gene_key, layer=self.layer, orthologs=orthologs, min_match=min_match)
+        return FileCells(self.path, gene_key=self.gene_key, layer=self.layer, orthologs=orthologs, min_match=min_match)
 
     def files(self) -> list[Path]:
         """The files that it consists of."""
@@ -99,10 +98,17 @@ class Study(Config):
         changed = max(file.stat().st_mtime_ns for file in self.files())
         return self.model_dump() | {"bytes": self.n_bytes(), "changed": changed}
 
+    def record(self) -> dict[str, object]:
+        """What a manifest says about it."""
+        return {"file": self.name, "n_bytes": self.n_bytes(), "sha256": self.sha256()}
 
-class _FileCells(AnnDataSource):
+
+class FileCells(AnnDataSource):
+    """Cells of a file."""
+
     @property
     def n_values(self) -> int:
+        """About how many non-zero values there are."""
         if self.reader.stored != "dense":
             return self.reader.n_values
         sample = self.reader.sample()
@@ -110,7 +116,12 @@ class _FileCells(AnnDataSource):
 
     @property
     def obs(self) -> Table:
+        """Table of the cells."""
         return self.container.obs
+
+    def numbers(self, rows: Int[np.ndarray, "cell"]) -> Int[np.ndarray, "cell"]:
+        """Rows of a file are called by their places."""
+        return rows
 
 
 class LabelCodes:
@@ -124,12 +135,15 @@ class LabelCodes:
         """The text of every code."""
         return list(self.code)
 
-    def of_study(self, study: Study, cells: StudyCells, column: str, default: str = UNKNOWN) -> Int[np.ndarray, "cell"]:
-        """Code of every cell: from the study's labels, else from obs, else the default."""
+    def of_study(self, study: Study, cells: StudyCells, column: str, default: str = UNKNOWN) -> Integer[np.ndarray, "cell"]:
+        """Code of every cell: from the study's labels, else from obs, else the default; in as few bytes as they fit in."""
         if column in study.labels or column not in cells.obs.columns:
-            return np.full(cells.n_obs, self._code(study.labels.get(column, default)), dtype=np.int32)
-        texts, place = np.unique(as_text(cells.obs.column(column)).astype(str), return_inverse=True)
-        return np.array([self._code(str(text) or default) for text in texts], dtype=np.int32)[place]
+            return np.broadcast_to(np.int32(self._code(study.labels.get(column, default))), cells.n_obs)
+        place, values = pd.factorize(cells.obs.column(column))
+        texts = [*as_text(values).tolist(), *([""] if (place < 0).any() else [])]  # a cell without a value has the place -1
+        codes = {text: self._code(text or default) for text in sorted(set(texts))}
+        table = np.array([codes[text] for text in texts])
+        return table.astype(np.min_scalar_type(table.max(initial=0)))[place]
 
     def _code(self, text: str) -> int:
         return self.code.setdefault(text, len(self.code))
@@ -139,78 +153,3 @@ def file_sha256(path: Path) -> str:
     """Hash the content of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def find_studies(sources: Sequence[str | Path | Study]) -> list[Study]:
-    """List the data sets that `sources` stand for.
-
-    Parameters
-    ----------
-    sources
-        Studies, or paths: of data sets, of folders that hold data sets at any depth, and of tables of studies: `.tsv` or `.csv` with a
-        column `path` (relative to the table) and any of `gene_key`, `layer`, `orthologs`; every other column is a label of all cells of
-        the study. Folders are searched in alphabetical order.
-    """
-    found: list[Study] = []
-    for source in sources:
-        found += [source] if isinstance(source, Study) else _at(Path(source).expanduser())
-    times = Counter(str(Path(study.path).resolve()) for study in found)
-    doubles = [path for path, n in times.items() if n > 1]
-    if doubles:
-        msg = f"{len(doubles)} data sets are named more than once: {', '.join(doubles[:3])}"
-        raise input_error(msg, "every data set once", "leave out one of them")
-    return found
-
-
-def _at(path: Path) -> Iterator[Study]:
-    if path.suffix in (".tsv", ".csv") and path.is_file():
-        yield from _of_table(path)
-    elif path.is_dir() and not _is_data(path):
-        inside = [Study(path=str(data)) for data in _inside(path)]
-        if not inside:
-            msg = f"the folder {path} holds no cells"
-            raise input_error(msg, ".h5ad, .h5, .zarr or 10x mtx folders in it", "give the folder that holds them")
-        yield from inside
-    else:
-        yield Study(path=str(path))
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from (path,) if _is_data(path) else _inside(path)
-        elif path.suffix in (".h5ad", ".h5"):
-            yield path
-
-
-def _is_data(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _ZARR) or any(folder.glob("*matrix.mtx*"))
-
-
-def _of_table(table: Path) -> Iterator[Study]:
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        lines = list(csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
-    if not lines or "path" not in lines[0]:
-        msg = f"{table} is no table of studies: " + ("it has no column 'path'" if lines else "it has no line below the header")
-        raise input_error(msg, "a header with 'path' and a line for every study", "correct the table")
-    for number, line in enumerate(lines, start=2):
-        values = {key: value.strip() for key, value in line.items() if isinstance(value, str) and value.strip()}
-        if "path" not in values or None in line:
-            msg = f"line {number} of {table} does not fit its header"
-            raise input_error(msg, "a path, and as many columns as the header", "correct the line")
-        labels = {key: value for key, value in values.items() if key not in SETTINGS}
-        settings = {key: value for key, value in values.items() if key in SETTINGS}
-        for key in ("path", "orthologs"):
-            if key in settings:
-                settings[key] = str(table.parent / Path(settings[key]).expanduser())
-        yield Study.read(settings | {"labels": labels}, where=f"line {number} of {table}")
-
-
-def study_names(studies: Sequence[Study]) -> list[str]:
-    """Name of each study's file, with as many folders before it as tell it from the others."""
-    parts = [(*Path(study.path).resolve().parts[1:-1], Path(study.path).stem) for study in studies]
-    names = []
-    for own in parts:
-        depth = next(n for n in range(1, len(own) + 1) if n == len(own) or [other[-n:] for other in parts].count(own[-n:]) == 1)
-        names.append("/".join(own[-depth:]))
-    return names

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from annformer.genes.looks import look_at
 from annformer.genes.match import GeneMatch, best_gene_column, match_genes
-from annformer.genes.report import HOW, MatchReport
+from annformer.genes.report import HOW, UNTRAINED, MatchReport
 from annformer.genes.table import read_orthologs, table_vocab
 
-__all__ = ["HOW", "GeneMatch", "MatchReport", "best_gene_column", "look_at", "match_genes", "read_orthologs", "table_vocab"]
+__all__ = ["HOW", "UNTRAINED", "GeneMatch", "MatchReport", "best_gene_column", "look_at", "match_genes", "read_orthologs", "table_vocab"]

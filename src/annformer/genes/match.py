@@ -15,7 +15,7 @@ from jaxtyping import Int, Shaped
 
 from annformer.errors import input_error
 from annformer.genes.looks import are_entrez, is_name, look_at, looks_like_mouse
-from annformer.genes.report import HOW, MatchReport, spread
+from annformer.genes.report import HOW, UNTRAINED, MatchReport, spread
 from annformer.genes.table import ENSEMBL, GeneTable, load_table, read_orthologs, squeeze, squeezed_names, squeezed_table
 from annformer.vocab import GeneVocab, is_special
 
@@ -132,7 +132,7 @@ def match_genes(names: Iterable[object], vocab: GeneVocab, *, orthologs: Mapping
     names
         One name for every column; blank ones stay unmatched.
     vocab
-        The vocabulary of the model.
+        The vocabulary of the model. Names that find one of its untrained genes get no token.
     orthologs
         For other species: names there -> human names (symbols or Ensembl ids), or the path of a table with these two columns. What it
         does not hold, and mouse genes without a table, go by the same-symbol rule (Actb -> ACTB), which uses no aliases.
@@ -146,6 +146,8 @@ def match_genes(names: Iterable[object], vocab: GeneVocab, *, orthologs: Mapping
     found = {text: hit for text, hit in hits.items() if text not in apart}
     ids = np.array([found[text].token if text in found else -1 for text in texts], dtype=np.int64)
     how = np.array([found[text].how if text in found else "" for text in texts], dtype=f"<U{max(map(len, HOW))}")
+    unlearned = (ids >= 0) & ~vocab.is_trained[ids]  # only now: an unlearned gene must not leave its names to others
+    ids[unlearned], how[unlearned] = -1, UNTRAINED
     unknown = [text for text in dict.fromkeys(texts) if text not in hits and not search.mouse]
     candidates = {text: index.table.candidates(text.strip().upper()) for text in unknown}
     ambiguous = {text: symbols for text, symbols in candidates.items() if symbols}
@@ -227,7 +229,7 @@ class GeneMatch:
     ids: Int[np.ndarray, "column"]
     """Token of each column, -1 for none. Several columns may share one: their counts belong together."""
     how: Shaped[np.ndarray, "column"]
-    """How each column found its token: a key of `HOW`, "" for none."""
+    """How each column found its token: a key of `HOW`, `untrained` for a gene that the model has not learned, "" for none."""
     vocab: GeneVocab = field(repr=False)
     ambiguous: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Unmatched names that could be several genes, with their symbols."""
@@ -249,7 +251,9 @@ class GeneMatch:
         columns: dict[int, list[str]] = defaultdict(list)
         for name, i in zip(self.names, self.ids.tolist(), strict=True):
             columns[i].append(name)
-        unmatched = [name for name in columns.pop(-1, []) if is_name(name)]
+        n_unmatched = sum(map(is_name, columns.pop(-1, [])))
+        unlearned = [name for name, how in zip(self.names, self.how.tolist(), strict=True) if how == UNTRAINED]
+        unknown = [name for name, how in zip(self.names, self.how.tolist(), strict=True) if not how and is_name(name)]
         times = Counter(self.how.tolist())
         return MatchReport(
             n_columns=len(self.names),
@@ -258,8 +262,10 @@ class GeneMatch:
             n_genes=len(columns),
             by_how={how: times[how] for how in HOW if times[how]},
             collapsed={self.vocab.tokens[i]: names for i, names in sorted(columns.items()) if len(names) > 1},
-            n_unmatched=len(unmatched),
-            unmatched=spread(unmatched, 10),
+            n_unmatched=n_unmatched,
+            unmatched=spread(unknown, 10),
+            n_untrained=len(unlearned),
+            untrained=spread(unlearned, 10),
             n_ambiguous=len(self.ambiguous),
             ambiguous={name: list(self.ambiguous[name]) for name in spread(list(self.ambiguous), 10)},
             n_apart=len(self.apart),
@@ -290,6 +296,8 @@ class GeneMatch:
             f"{int((self.ids >= 0).sum()):,} of {self.n_named:,} gene names ({self.share:.1%}) are known to this model, "
             f"whose vocabulary has {len(self.vocab.genes):,} genes; the names look like {looks.what} ({examples})"
         )
+        if n_untrained := int((self.how == UNTRAINED).sum()):
+            msg += f"; {n_untrained:,} more are genes of its vocabulary that it has not learned"
         better = [(name, share) for name, share in best_gene_column(other_columns or {}, self.vocab) if share > max(self.share, min_share)]
         remedy = looks.remedy
         if better:

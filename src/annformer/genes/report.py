@@ -21,6 +21,8 @@ HOW: Final = {
     "same-symbol": "mouse gene of the same symbol",
 }
 """How a column found its gene, from the surest to the least sure; a matched column has one of these, an unmatched one ""."""
+UNTRAINED: Final = "untrained"
+"""What stands there instead for a column that found a gene which the model has not learned."""
 
 ADDED: Final = "counts are added (logarithms as the counts behind them)"
 
@@ -38,8 +40,12 @@ class MatchReport(Config):
     collapsed: dict[str, list[str]]
     """Genes that several columns stand for, with these columns, which are added (of logarithms, the counts behind them)."""
     n_unmatched: int
+    """Named columns that are not read, whatever the reason."""
     unmatched: list[str]
-    """Examples, from the first to the last."""
+    """Examples of those that no other field explains, from the first to the last."""
+    n_untrained: int
+    untrained: list[str]
+    """Examples of columns that are genes of the vocabulary which the model has not learned."""
     n_ambiguous: int
     ambiguous: dict[str, list[str]]
     """Examples of names that could be several genes, with the symbols of these."""
@@ -73,6 +79,9 @@ class MatchReport(Config):
         if self.ambiguous:
             shown = [f"{name} ({' or '.join(symbols[:4])})" for name, symbols in list(self.ambiguous.items())[:5]]
             lines.append(f"names that could be several genes and stay out: {self.n_ambiguous:,}: {_listed(shown, self.n_ambiguous)}")
+        if self.n_untrained:
+            named = _listed(self.untrained[:5], self.n_untrained)
+            lines.append(f"{_columns(self.n_untrained)} that the model has not learned: left out ({named})")
         if self.unmatched:
             lines.append(f"names that stay out in all: {self.n_unmatched:,}, for example {', '.join(self.unmatched)}")
         return lines
@@ -91,6 +100,10 @@ def spread(items: Sequence[str], limit: int) -> list[str]:
     if len(items) <= limit:
         return list(items)
     return [items[round(step * (len(items) - 1) / (limit - 1))] for step in range(limit)]
+
+
+def _columns(number: int) -> str:
+    return "1 column is a gene" if number == 1 else f"{number:,} columns are genes"
 
 
 def _listed(shown: Sequence[str], total: int) -> str:

@@ -21,6 +21,19 @@ from torch import Tensor
 
 from annformer.tokens import TokenBatch
 
+HALF = (torch.bfloat16, torch.float16)
+NEVER = -3e4
+"""A score that no softmax sees and that float16 can hold."""
+
+
+class Keys(NamedTuple):
+    """The same layout as a variable-length flash kernel wants it, on the device."""
+
+    order: Int[Tensor, "key"]
+    """The visible tokens of each cell and, where a token is asked, the number of tokens: the place of the unit key."""
+    query_offsets: Int[Tensor, "cell+1"]
+    key_offsets: Int[Tensor, "cell+1"]
+
 
 class Layout(NamedTuple):
     """Who asks whom in a packed batch, as plain numbers: read from the device once per batch, not once per layer."""
@@ -37,26 +50,46 @@ class Layout(NamedTuple):
     """the visible ones, which stand first."""
     asked_rows: Bool[Tensor, "row"] | None
     """Which queries are asked tokens; None: none is."""
+    keys: Keys | None
+    """On a GPU."""
 
     @classmethod
     def of(cls, tokens: TokenBatch) -> Layout:
         """All tokens query."""
         lengths, n_visible = torch.stack((tokens.offsets.diff(), tokens.n_visible)).tolist()
-        asked = None
-        if lengths != n_visible:
-            cell = tokens.cell_of_token()
-            asked = torch.arange(tokens.n_tokens, device=cell.device) >= (tokens.offsets[:-1] + tokens.n_visible)[cell]
-        return cls(lengths, n_visible, None, lengths, n_visible, asked)
+        return cls._all(tokens, lengths, n_visible)
 
-    def only(self, rows: Int[Tensor, "row"], tokens: TokenBatch) -> Layout:
-        """Only `rows` query, everything visible still answers."""
-        cell = torch.bucketize(rows, tokens.offsets[1:], right=True)
-        visible = rows < (tokens.offsets[:-1] + tokens.n_visible)[cell]
-        counts = torch.stack((torch.bincount(cell, minlength=tokens.n_cells), torch.bincount(cell[visible], minlength=tokens.n_cells)))
-        queries, visible_queries = counts.tolist()
-        return self._replace(
-            rows=rows, queries=queries, visible_queries=visible_queries, asked_rows=None if self.asked_rows is None else ~visible
-        )
+    @classmethod
+    def of_cells(cls, tokens: TokenBatch) -> tuple[Layout, Layout]:
+        """All tokens query, and only `<cls>` does."""
+        every = cls.of(tokens)
+        once = [1] * tokens.n_cells
+        asked = None if every.asked_rows is None else torch.zeros(tokens.n_cells, dtype=torch.bool, device=tokens.offsets.device)
+        only = every._replace(rows=tokens.offsets[:-1], queries=once, visible_queries=once, asked_rows=asked)
+        return every, only._replace(keys=only._keys(tokens))
+
+    @classmethod
+    def of_marked(cls, tokens: TokenBatch, marked: Bool[Tensor, "token"]) -> tuple[Layout, Layout]:
+        """All tokens query, and only the marked ones do; the numbers of both are fetched from the device together."""
+        cell = tokens.cell_of_token()
+        visible = _is_visible(tokens, cell)
+        counts = torch.zeros(2, tokens.n_cells, dtype=torch.long, device=cell.device)
+        counts.index_add_(1, cell, torch.stack((marked, marked & visible)).long())
+        numbers = torch.cat((torch.stack((tokens.offsets.diff(), tokens.n_visible)), counts)).tolist()
+        every = cls._all(tokens, *numbers[:2])
+        rows = torch.argsort(~marked, stable=True)[: sum(numbers[2])]  # as nonzero, but its length is known
+        asked = None if every.asked_rows is None else ~visible[rows]
+        only = every._replace(rows=rows, queries=numbers[2], visible_queries=numbers[3], asked_rows=asked)
+        return every, only._replace(keys=only._keys(tokens, counts[0]))
+
+    @classmethod
+    def _all(cls, tokens: TokenBatch, lengths: list[int], n_visible: list[int]) -> Layout:
+        asked = ~_is_visible(tokens, tokens.cell_of_token()) if lengths != n_visible else None
+        layout = cls(lengths, n_visible, None, lengths, n_visible, asked, None)
+        return layout._replace(keys=layout._keys(tokens, tokens.offsets.diff()))
+
+    def _keys(self, tokens: TokenBatch, queries: Int[Tensor, "cell"] | None = None) -> Keys | None:
+        return _flash_keys(self, tokens, queries) if tokens.offsets.is_cuda else None
 
     @property
     def alike(self) -> bool:
@@ -90,18 +123,24 @@ def attend(
     -------
     The attention context, heads not yet merged.
     """
-    return BACKENDS[backend or _choose(q, layout)](q, k, v, layout, dropout)
+    if not len(q):  # a rank may have no cells in its turn
+        return q
+    run = BACKENDS[backend or _choose(q, layout)]
+    if not q.is_cpu or q.dtype not in HALF:
+        return run(q, k, v, layout, dropout)
+    with torch.autocast("cpu", enabled=False):  # a CPU's kernel is slower backwards in bfloat16 than in float32, and less exact
+        return run(q.float(), k.float(), v.float(), layout, dropout).to(q.dtype)
 
 
 def _choose(q: Tensor, layout: Layout) -> str:
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype in HALF:
         return "varlen"
     return "dense" if layout.alike else "per_cell"
 
 
 def _own(x: Tensor, layout: Layout) -> Tensor:
     """For every query its own entry of `x`, the keys or values of all tokens."""
-    return x if layout.rows is None else x[layout.rows]
+    return x if layout.rows is None else x.index_select(0, layout.rows)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
@@ -147,16 +186,17 @@ def _with_unit(x: Tensor) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
-    """All cells alike: one batched call for the visible queries, one for the asked."""
+    """All cells alike: one batched call for the visible queries, one for the asked. `split` as in `_per_cell`."""
     cells, visible, mine = len(layout.lengths), layout.n_visible[0], layout.visible_queries[0]
-    own_k, own_v = (x.view(cells, -1, *x.shape[1:])[:, mine:] for x in (_own(k, layout), _own(v, layout)))
-    q, k, v = (x.view(cells, -1, *x.shape[1:]) for x in (q, k, v))
-    k, v = k[:, :visible], v[:, :visible]
+    q, k, v, own_k, own_v = (x.view(cells, -1, *x.shape[1:]) for x in (q, k, v, _own(k, layout), _own(v, layout)))
+    queries = [mine, q.shape[1] - mine]
+    seen, asked = q.split(queries, 1)
+    k, v = (x.split([visible, x.shape[1] - visible], 1)[0] for x in (k, v))
     parts = []
-    if mine:
-        parts.append(_over_visible(q[:, :mine], k, v, dropout))
-    if mine < q.shape[1]:
-        parts.append(_over_visible_and_self(q[:, mine:], k, v, own_k, own_v, dropout))
+    if queries[0]:
+        parts.append(_over_visible(seen, k, v, dropout))
+    if queries[1]:
+        parts.append(_over_visible_and_self(asked, k, v, own_k.split(queries, 1)[1], own_v.split(queries, 1)[1], dropout))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1)
 
 
@@ -183,46 +223,63 @@ def _per_cell(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -
     return torch.cat(out, 1)[0]
 
 
+def _is_visible(tokens: TokenBatch, cell: Int[Tensor, "token"]) -> Bool[Tensor, "token"]:
+    return torch.arange(tokens.n_tokens, device=cell.device) < (tokens.offsets[:-1] + tokens.n_visible)[cell]
+
+
+def _flash_keys(layout: Layout, tokens: TokenBatch, queries: Int[Tensor, "cell"] | None) -> Keys:
+    """Nothing here waits for the device: all sizes are known.
+
+    Parameters
+    ----------
+    queries
+        Number of queries per cell; None: one each.
+    """
+    unit = int(layout.asked_rows is not None)
+    n_keys = tokens.n_visible + unit
+    total = sum(layout.n_visible) + unit * tokens.n_cells
+    ends = n_keys.cumsum(0)
+    index = torch.arange(total, device=ends.device) + torch.repeat_interleave(
+        tokens.offsets[:-1] - (ends - n_keys), n_keys, output_size=total
+    )
+    if unit:
+        index.index_fill_(0, ends - 1, tokens.n_tokens)
+    query_ends = torch.arange(1, tokens.n_cells + 1, device=ends.device) if queries is None else queries.cumsum(0)
+    return Keys(index, *(F.pad(x, (1, 0)).to(torch.int32) for x in (query_ends, ends)))
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
-    """One variable-length flash call for all cells; visible queries get a score for the own-key column that no softmax sees."""
+    """One variable-length flash call for all cells; visible queries get a score for the own-key column that no softmax sees.
+
+    The own score stands in two coordinates, rounded to half precision and what the rounding left.
+    """
     if dropout:
         msg = "attention_dropout is not available in the variable-length back end: set it to 0 in the ModelConfig"
         raise NotImplementedError(msg)
+    assert layout.keys is not None, "a layout of a batch on a GPU has them"
+    order, q_offsets, k_offsets = layout.keys
+    n_queries, n_keys = max(layout.queries, default=0), max(layout.n_visible, default=0) + 1
     depth = q.shape[-1]
-    scale = depth**-0.5
-    start = torch.tensor(layout.lengths, device=q.device).cumsum(0) - torch.tensor(layout.lengths, device=q.device)
-    n_keys = torch.tensor(layout.n_visible, device=q.device)
-    extra = 0
-    if layout.asked_rows is not None:
-        score = (q * _own(k, layout)).sum(-1, keepdim=True)
-        score = torch.where(layout.asked_rows[:, None, None], score, score.new_tensor(-3e4))
-        extra = 8 - depth % 8  # flash kernels want a depth that is a multiple of 8
-        q = F.pad(torch.cat((q, score), -1), (0, extra - 1))
-        n_keys = n_keys + 1
-    index = torch.repeat_interleave(start, n_keys) + _ramp(n_keys)
-    if extra:
-        index[n_keys.cumsum(0) - 1] = k.shape[0]
-        own_v = _own(v, layout)
-        unit = F.one_hot(torch.tensor(depth, device=k.device), depth + extra).to(k.dtype).expand(1, k.shape[1], -1)
-        k, v = (torch.cat((F.pad(x, (0, extra)), unit)) for x in (k, v))
-    queries = torch.tensor(layout.queries, device=q.device)
-    out = _varlen_call(
-        q, k[index], v[index], _cumulative(queries), _cumulative(n_keys), max(layout.queries), max(layout.n_visible) + 1, scale
-    )
-    if not extra:
-        return out
-    weight = torch.where(layout.asked_rows[:, None, None], out[..., depth : depth + 1], 0)  # type: ignore[index]  # extra says it is there
-    return out[..., :depth] + weight * own_v
+    if layout.asked_rows is None:
+        return _varlen_call(q, k.index_select(0, order), v.index_select(0, order), q_offsets, k_offsets, n_queries, n_keys, depth**-0.5)
+    asked = layout.asked_rows[:, None, None]
+    own_k, own_v = _own(k, layout), _own(v, layout)
+    wide = torch.float32 if q.dtype in HALF else q.dtype
+    score = torch.where(asked, (q.to(wide) * own_k.to(wide)).sum(-1, keepdim=True), NEVER)
+    coarse = score.to(q.dtype)
+    extra = 2 + -(depth + 2) % 8  # flash kernels want a depth that is a multiple of 8
+    q = F.pad(torch.cat((q, coarse, (score - coarse).to(q.dtype)), -1), (0, extra - 2))
+    k, v = (_keyed(x, order, extra, n_ones) for x, n_ones in ((k, 2), (v, 1)))
+    out = _varlen_call(q, k, v, q_offsets, k_offsets, n_queries, n_keys, depth**-0.5)
+    return out[..., :depth] + torch.where(asked, out[..., depth : depth + 1], 0) * own_v
 
 
-def _ramp(counts: Int[Tensor, "cell"]) -> Int[Tensor, "key"]:
-    """0, 1, ... counts[0]-1, 0, 1, ... for every cell."""
-    total = int(counts.sum())
-    return torch.arange(total, device=counts.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-
-
-def _cumulative(counts: Int[Tensor, "cell"]) -> Int[Tensor, "cell+1"]:
-    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+def _keyed(x: Tensor, order: Int[Tensor, "key"], extra: int, n_ones: int) -> Tensor:
+    """Keys or values as `order` says them; the unit one has its ones in the first of the new coordinates."""
+    depth = x.shape[-1]
+    new = torch.arange(depth + extra, device=x.device)
+    unit = ((new >= depth) & (new < depth + n_ones)).to(x.dtype).expand(1, x.shape[1], -1)
+    return torch.cat((F.pad(x, (0, extra)), unit)).index_select(0, order)
 
 
 def _varlen_call(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, max_q: int, max_k: int, scale: float) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from annformer.model.attention import Layout, attend
 from annformer.model.config import ModelConfig
+from annformer.model.dropout import Dropout
+from annformer.model.ranks import sum_over_ranks
 from annformer.tokens import Encoded, TokenBatch
 
 Wanted = Literal["all", "cell", "targets"]
@@ -40,7 +42,7 @@ class CellEncoder(nn.Module):
         self.gene = nn.Embedding(config.vocab_size, width)
         self.gene_norm = nn.LayerNorm(width)
         self.value = ValueEncoder(width)
-        self.value_dropout = nn.Dropout(config.dropout)
+        self.value_dropout = Dropout(config.dropout)
         self.asked = nn.Parameter(torch.randn(width)) if config.generative else None
         self.flag = nn.Embedding(config.n_flags, width) if config.n_flags else None
         self.dose = nn.Linear(1, width, bias=False) if config.dose else None
@@ -73,13 +75,12 @@ class CellEncoder(nn.Module):
             `labels["batch"]`.
         """
         self._refuse_what_is_not_there(tokens)
-        layout = Layout.of(tokens)
+        every, last = self._layouts(tokens, wanted)
         genes = self.gene_norm(self.gene(tokens.gene_ids))
-        x = self._embed(genes, tokens, layout.asked_rows)
+        x = self._embed(genes, tokens, every.asked_rows)
         for layer in self.layers[:-1]:
-            x = layer(x, layout)
-        rows = self._rows(tokens, wanted)
-        states = self.layers[-1](x, layout if rows is None else layout.only(rows, tokens))
+            x = layer(x, every)
+        states, rows = self.layers[-1](x, last), last.rows
         cls = tokens.offsets[:-1]
         cell = states if wanted == "cell" else states[cls if rows is None else torch.searchsorted(rows, cls)]
         return Encoded(states=states, rows=rows, genes=genes, cell=cell, context=self._context(tokens))
@@ -117,17 +118,17 @@ class CellEncoder(nn.Module):
         return context
 
     @staticmethod
-    def _rows(tokens: TokenBatch, wanted: Wanted) -> Int[Tensor, "row"] | None:
+    def _layouts(tokens: TokenBatch, wanted: Wanted) -> tuple[Layout, Layout]:
+        """Who asks in all layers but the last, and in the last."""
         if wanted == "all":
-            return None
+            every = Layout.of(tokens)
+            return every, every
         if wanted == "cell":
-            return tokens.offsets[:-1]
+            return Layout.of_cells(tokens)
         if tokens.targets is None:
             msg = "wanted='targets' needs a batch with targets: use masking.ask or masking.hide_values"
             raise ValueError(msg)
-        mask = torch.isfinite(tokens.targets)
-        mask[tokens.offsets[:-1]] = True
-        return mask.nonzero()[:, 0]
+        return Layout.of_marked(tokens, torch.isfinite(tokens.targets).index_fill(0, tokens.offsets[:-1], True))  # noqa: FBT003
 
     def _refuse_what_is_not_there(self, tokens: TokenBatch) -> None:
         config = self.config
@@ -184,8 +185,9 @@ class ValueEncoder(nn.Module):
 class DomainNorm(nn.Module):
     """Batch normalisation of tokens with the statistics of their own experimental batch, in mixed batches (DSBN without affine part).
 
-    Equal to one `BatchNorm1d(affine=False)` per domain; statistics in float32 at least. A domain with a single token in training is
-    normalised by its running statistics and does not update them. The original takes the first cell's domain for the whole batch.
+    Equal to one `BatchNorm1d(affine=False)` per domain; statistics in float32 at least, in training over the tokens of all ranks. A domain
+    with a single token in training is normalised by its running statistics and does not update them. The original takes the first cell's
+    domain for the whole batch.
     """
 
     running_mean: Tensor
@@ -206,11 +208,12 @@ class DomainNorm(nn.Module):
         return ((wide - mean[domain]) * (var[domain] + EPS_INPUT_NORM).rsqrt()).to(x.dtype)
 
     def _statistics(self, x: Tensor, domain: Tensor) -> tuple[Tensor, Tensor]:
-        count = torch.bincount(domain, minlength=len(self.running_mean))
+        count = sum_over_ranks(torch.bincount(domain, minlength=len(self.running_mean)))
         n = count.clamp(min=1)[:, None].to(x.dtype)
-        mean = torch.zeros_like(self.running_mean, dtype=x.dtype).index_add(0, domain, x) / n
+        zero = torch.zeros_like(self.running_mean, dtype=x.dtype)
+        mean = sum_over_ranks(zero.index_add(0, domain, x)) / n
         centred = x - mean[domain]
-        var = torch.zeros_like(mean).index_add(0, domain, centred * centred) / n
+        var = sum_over_ranks(zero.index_add(0, domain, centred * centred)) / n
         enough = (count > 1)[:, None]
         with torch.no_grad():
             unbiased = var * n / (n - 1).clamp(min=1)
@@ -235,7 +238,7 @@ class Layer(nn.Module):
         self.ff_in = nn.Linear(width, config.ff_width)
         self.ff_out = nn.Linear(config.ff_width, width)
         self.ff_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "token width"], layout: Layout) -> Float[Tensor, "row width"]:
         """New states of the tokens that `layout` lets query."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from annformer.model.config import ModelConfig
@@ -14,6 +14,7 @@ from annformer.objectives.protocol import (
     Objective,
     ObjectiveConfig,
     Prediction,
+    expression_counts,
     expression_head,
     expression_losses,
     state_and_context,
@@ -69,3 +70,7 @@ class Affine(Objective):
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:  # noqa: ARG002
         """`affine`, `affine_nonzero`."""
         return expression_losses(self.predict(encoded, tokens), encoded, tokens, "affine")
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count asked genes."""
+        return expression_counts(tokens, "affine", zero_probability=self.config.zero_probability)

@@ -6,9 +6,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from pydantic import Field
+from torch import Tensor
 
 from annformer.model.config import ModelConfig
+from annformer.model.ranks import gather_rows
 from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig
 from annformer.tokens import Encoded, TokenBatch
 
@@ -22,7 +25,10 @@ class CCEConfig(ObjectiveConfig):
 
 
 class CCE(Objective):
-    """A cell encoded twice under dropout shall be nearer to itself than to the other cells of the batch (scGPT "CCE")."""
+    """A cell encoded twice under dropout shall be nearer to itself than to the other cells of the batch (scGPT "CCE").
+
+    In training the others are all cells that the ranks encode at the same time.
+    """
 
     config_class = CCEConfig
 
@@ -33,5 +39,10 @@ class CCE(Objective):
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:
         """`cce`."""
         first, second = (F.normalize(cell, dim=-1) for cell in (encoded.cell, encode(tokens).cell))
-        mine = torch.arange(len(first), device=first.device)
-        return {"cce": Loss(F.cross_entropy(first @ second.T / self.temperature, mine, reduction="sum"), first.new_tensor(len(first)))}
+        others, own = gather_rows(second) if self.training else (second, 0)
+        mine = torch.arange(len(first), device=first.device) + own
+        return {"cce": Loss(F.cross_entropy(first @ others.T / self.temperature, mine, reduction="sum"), first.new_tensor(len(first)))}
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count cells."""
+        return {"cce": tokens.offsets.new_tensor(tokens.n_cells)}

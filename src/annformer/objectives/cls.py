@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from annformer.model.config import ModelConfig
-from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, classifier_head, label_loss
+from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, classifier_head, label_count, label_loss
 from annformer.tokens import Encoded, TokenBatch
 
 
@@ -42,3 +42,7 @@ class CLS(Objective):
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:  # noqa: ARG002
         """`cls`."""
         return {"cls": label_loss(self.predict(encoded), tokens, self.label)}
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count labelled cells."""
+        return {"cls": label_count(tokens, self.label)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from annformer.model.config import ModelConfig
-from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, classifier_head, label_loss
+from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, classifier_head, label_count, label_loss
 from annformer.tokens import Encoded, TokenBatch
 
 
@@ -43,6 +43,10 @@ class DAR(Objective):
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:  # noqa: ARG002
         """`dar`."""
         return {"dar": label_loss(self.predict(encoded), tokens, self.label)}
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count cells with a known batch."""
+        return {"dar": label_count(tokens, self.label)}
 
 
 class _ReverseGradient(torch.autograd.Function):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Int
 from pydantic import Field
+from torch import Tensor
 
 from annformer.model.config import ModelConfig
 from annformer.objectives.protocol import (
@@ -14,6 +16,7 @@ from annformer.objectives.protocol import (
     Objective,
     ObjectiveConfig,
     Prediction,
+    expression_counts,
     expression_head,
     expression_losses,
     state_and_context,
@@ -63,3 +66,8 @@ class GEP(Objective):
             again = encode(tokens._replace(cell=encoded.cell.detach()))
             losses |= expression_losses(self.predict(again), again, tokens, "gep_cell_prompt")
         return losses
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count asked genes."""
+        names = ("gep", "gep_cell_prompt") if self.config.cell_prompt else ("gep",)
+        return expression_counts(tokens, *names, zero_probability=self.config.zero_probability)

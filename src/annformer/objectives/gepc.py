@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from annformer.model.config import ModelConfig
-from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, Prediction, expression_losses, take
+from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, Prediction, expression_counts, expression_losses, take
 from annformer.tokens import Encoded, TokenBatch
 
 
@@ -58,3 +59,7 @@ class GEPC(Objective):
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:  # noqa: ARG002
         """`gepc`, `gepc_nonzero`."""
         return expression_losses(self.predict(encoded, tokens), encoded, tokens, "gepc")
+
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """Count asked genes."""
+        return expression_counts(tokens, "gepc", zero_probability=self.config.zero_probability)

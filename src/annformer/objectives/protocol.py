@@ -63,6 +63,13 @@ class Objective(nn.Module):
         """Named losses of a batch, unweighted; gradients flow to the head and the network."""
         raise NotImplementedError
 
+    def counts(self, tokens: TokenBatch) -> dict[str, Int[Tensor, ""]]:
+        """`Loss.n` of every loss, known before anything is encoded.
+
+        Training divides by the count over all micro-batches and ranks of a step, and so has to know it before the first backward pass.
+        """
+        raise NotImplementedError
+
 
 def take(x: Tensor, rows: Int[Tensor, "row"] | None) -> Tensor:
     """`x` at `rows`, or all of it."""
@@ -96,6 +103,14 @@ def asked_of(encoded: Encoded, tokens: TokenBatch) -> tuple[Float[Tensor, "row"]
     return torch.where(asked, target, 0), asked
 
 
+def expression_counts(tokens: TokenBatch, *names: str, zero_probability: bool) -> dict[str, Int[Tensor, ""]]:
+    """Count the asked genes, for every loss that `expression_losses` names."""
+    if tokens.targets is None:
+        return {}
+    n = torch.isfinite(tokens.targets).sum()
+    return {f"{name}{end}": n for name in names for end in ("", *(["_nonzero"] if zero_probability else []))}
+
+
 def expression_losses(prediction: Prediction, encoded: Encoded, tokens: TokenBatch, name: str) -> dict[str, Loss]:
     """Squared error on the value (or cross entropy over bins), and the Bernoulli loss of being zero where the head predicts it."""
     target, asked = asked_of(encoded, tokens)
@@ -115,10 +130,19 @@ def expression_losses(prediction: Prediction, encoded: Encoded, tokens: TokenBat
     return losses
 
 
+def label_count(tokens: TokenBatch, label: str) -> Int[Tensor, ""]:
+    """Count the cells that have the label."""
+    return (_codes(tokens, label) >= 0).sum()
+
+
 def label_loss(logits: Float[Tensor, "cell class"], tokens: TokenBatch, label: str) -> Loss:
     """Cross entropy of a cell label; cells with a negative code have no label and do not count."""
+    codes = _codes(tokens, label)
+    return Loss(F.cross_entropy(logits, codes.clamp(min=-1), ignore_index=-1, reduction="sum"), (codes >= 0).sum())
+
+
+def _codes(tokens: TokenBatch, label: str) -> Int[Tensor, "cell"]:
     if label not in tokens.labels:
         msg = f"this objective needs labels[{label!r}]; the batch carries {sorted(tokens.labels)}"
         raise ValueError(msg)
-    codes = tokens.labels[label]
-    return Loss(F.cross_entropy(logits, codes.clamp(min=-1), ignore_index=-1, reduction="sum"), (codes >= 0).sum())
+    return tokens.labels[label]

@@ -105,8 +105,12 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float | None]:
 
 
 def _scatter_png(panels: Mapping[str, np.ndarray], column: str, described: Mapping[str, Any]) -> bytes:
-    figure, axes = _canvas(columns=len(panels), width=5.2 * len(panels), height=5.6)
-    for axis, (title, xy) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = _canvas(rows, columns, width=5.2 * columns, height=0.8 + 4.8 * rows)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, xy) in zip(axes, panels.items(), strict=False):
         if "levels" in described:
             _draw_categories(axis, xy, described)
         else:
@@ -130,7 +134,7 @@ def _draw_categories(axis: Any, xy: np.ndarray, described: Mapping[str, Any]) ->
 
 
 def _lines_png(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
-    figure, axes = _canvas(columns=1, width=7.5, height=4.0)
+    figure, axes = _canvas(1, 1, width=7.5, height=4.0)
     styles = ("-", "--", ":", "-.")
     for n, (name, (xs, ys)) in enumerate(lines.items()):
         axes[0].plot(xs, ys, styles[n % len(styles)], color=COLOURS[n % (len(COLOURS) - 1)], linewidth=1.8, label=name)
@@ -140,14 +144,14 @@ def _lines_png(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: 
     return _png(figure)
 
 
-def _canvas(*, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
     if find_spec("matplotlib") is None:
         found = "figures need matplotlib, which is not installed"
         raise input_error(found, "the extra `report`", "pip install 'annformer[report]'")
     from matplotlib.figure import Figure as Canvas  # not pyplot: no back end is chosen and nothing stays open
 
     figure = Canvas(figsize=(width, height), layout="constrained")
-    return figure, list(np.ravel(figure.subplots(1, columns)))
+    return figure, list(np.ravel(figure.subplots(rows, columns)))
 
 
 def _png(figure: Any) -> bytes:

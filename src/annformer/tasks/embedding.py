@@ -23,7 +23,7 @@ from annformer.data.write import Addition, Content, foreign_record, require_plac
 from annformer.errors import AnnformerWarning, input_error
 from annformer.genes import GeneMatch
 from annformer.inference import encode_cells, estimate
-from annformer.scgpt import ScGPT
+from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._output import AnotherWayError, Output
 from annformer.tokenizer import TokenizerSettings
 
@@ -43,7 +43,7 @@ FLUSH_SECONDS = 30.0
 
 def embed(
     adata: AnnData,
-    model: ScGPT | str | Path,
+    model: ScGPT | str | Path = DEFAULT_MODEL,
     *,
     key_added: str = "X_annformer",
     gene_key: str | None = None,
@@ -67,7 +67,7 @@ def embed(
         Raw counts, or what is left of them; where they are is found out and logged. A view becomes an AnnData of its own when the
         embedding is written into it.
     model
-        A loaded model, a model folder, or the name of a checkpoint.
+        A loaded model, a model folder, or the name of a checkpoint; by default the one that ships with the package.
     gene_key
         Column of `var` with gene names; None: `var_names`.
     layer
@@ -127,7 +127,7 @@ def embed_file(
     path_in: str | Path,
     path_out: str | Path,
     *,
-    model: ScGPT | str | Path,
+    model: ScGPT | str | Path = DEFAULT_MODEL,
     key_added: str = "X_annformer",
     gene_key: str | None = None,
     layer: str | None = None,

@@ -15,7 +15,7 @@ from annformer.data.formats import Container, open_container
 from annformer.errors import InputError
 from annformer.genes import GeneMatch, best_gene_column, match_genes, table_vocab
 from annformer.inference import estimate
-from annformer.scgpt import ScGPT, is_checkpoint_name, locate
+from annformer.scgpt import DEFAULT_MODEL, ScGPT, is_checkpoint_name, locate
 from annformer.tokenizer import TokenizerSettings
 from annformer.vocab import GeneVocab
 
@@ -71,7 +71,11 @@ class Inspection:
 
 
 def inspect(
-    source: AnnData | str | Path, *, model: ScGPT | str | Path | None = None, gene_key: str | None = None, layer: str | None = None
+    source: AnnData | str | Path,
+    *,
+    model: ScGPT | str | Path | None = DEFAULT_MODEL,
+    gene_key: str | None = None,
+    layer: str | None = None,
 ) -> Inspection:
     """Find out what `source` is.
 
@@ -81,8 +85,8 @@ def inspect(
         Cells (AnnData, h5ad, zarr, 10x h5 or mtx folder) or a model (our folder, the authors', a named checkpoint, a
         repository on the Hub).
     model
-        Model for which the cells are meant: its vocabulary and cell length are what they are held against, and the time of embedding is
-        measured. None: the gene table that ships with the package, the default length, no time.
+        Model for which the cells are meant, by default the one that ships with the package: its vocabulary and cell length are what they
+        are held against, and the time of embedding is measured. None: the gene table of the package, the default length, no time.
     gene_key
         Column of var that holds the gene names; None: the names of var.
     layer
@@ -95,7 +99,6 @@ def inspect(
     """
     if isinstance(source, str | Path) and _is_model(source):
         return _inspect_model(source)
-    loaded = ScGPT.from_pretrained(model) if isinstance(model, str | Path) else model
     container = open_container(source)
     name = str(source) if isinstance(source, str | Path) else container.name
     try:
@@ -106,6 +109,7 @@ def inspect(
     finally:
         container.close()
     with cells:
+        loaded = ScGPT.from_pretrained(model) if isinstance(model, str | Path) else model
         return _inspect_cells(name, cells, loaded)
 
 
@@ -214,7 +218,8 @@ def _value_findings(values: dict[str, Any]) -> list[Finding]:
 
 
 def _gene_facts(match: GeneMatch, values: dict[str, Any], model: ScGPT | None) -> dict[str, Any]:
-    against = f"the model's {len(match.vocab):,} tokens" if model else "the gene table that ships with annformer"
+    known = f"the {len(match.vocab.genes) - len(match.vocab.untrained):,} genes that"
+    against = f"{known} {model.name} has learned" if model else "the gene table that ships with annformer"
     names = f"var[{values['gene_key']!r}]" if values["gene_key"] else "var_names"
     return {
         "names from": names,
@@ -296,7 +301,12 @@ def _inspect_model(source: str | Path) -> Inspection:
             "size_bytes": _size(folder),
         },
         "network": config.model.model_dump(),
-        "vocabulary": {"tokens": len(model.vocab), "genes": len(model.vocab.genes), "first": list(model.vocab.genes[:5])},
+        "vocabulary": {
+            "tokens": len(model.vocab),
+            "genes": len(model.vocab.genes),
+            "not learned": len(model.vocab.untrained),
+            "first": list(model.vocab.genes[:5]),
+        },
         "tokenizer": config.tokenizer.model_dump(),
         "objectives": {name: objective.model_dump() for name, objective in config.objectives.items()},
         "provenance": {"said": config.provenance} if isinstance(config.provenance, str) else dict(config.provenance),

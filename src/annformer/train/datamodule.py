@@ -1,110 +1,316 @@
-"""Cells -> batches of asked genes; which cells stand in which step is a pure function of the seed."""
+"""Cells -> batches of asked genes; which cells stand in which step, and what is asked, is a pure function of the seed."""
 
 from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch.utils.data import DataLoader, Dataset
+from jaxtyping import Bool, Float, Int
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from annformer.data.random_cells import RandomCells, random_cells
 from annformer.data.source import CellSource
+from annformer.data.store import StoreSource
+from annformer.data.tables import unknown_name
 from annformer.errors import input_error
-from annformer.masking import ask
-from annformer.tokenizer import TokenizerSettings, tokenize
-from annformer.tokens import CellBatch, TokenBatch
-from annformer.train.config import TrainConfig
+from annformer.masking import ask, hide_values
+from annformer.tokenizer import TokenizerSettings, n_kept, tokenize
+from annformer.tokens import TokenBatch
+from annformer.train.batches import BatchPlan, deal, group_weights
+from annformer.train.config import Balance, HoldOut, TrainConfig
 from annformer.vocab import GeneVocab
 
-_CELLS_PER_VALIDATION_BATCH = 64
+log = logging.getLogger(__name__)
+
+_SPLIT, _SAMPLE = 2**31, 2**31 + 1
+"""Beside the seed, what tells draws apart; the plan uses (seed, epoch)."""
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Reader:
+    """From row numbers to batches; all that a loading process needs."""
+
+    cells: RandomCells
+    settings: TokenizerSettings
+    config: TrainConfig
+    cls_id: int
+    label_keys: Mapping[str, str] | None
+
+    def tokens(self, rows: Int[np.ndarray, "cell"]) -> TokenBatch:
+        """Read and tokenize cells as the finished model will; all their genes are visible."""
+        return tokenize(self.cells.rows(rows, self.label_keys), self.settings, cls_id=self.cls_id)
+
+    def asked(self, rows: Int[np.ndarray, "cell"], step: int) -> TokenBatch:
+        """Batch of a training step: one of the shares is asked, the same for all cells of the step."""
+        shares, seed = self.config.asked_shares, self.config.seed
+        settings = training_settings(self.settings, self.config)
+        tokens = tokenize(self.cells.rows(rows, self.label_keys), settings, cls_id=self.cls_id, step=step)
+        if self.config.mode == "ask":
+            return ask(tokens, shares, seed=seed, step=step)
+        share = shares[np.random.default_rng([seed, step]).integers(len(shares))]
+        return hide_values(tokens, share, seed=seed, step=step)
+
+    def asked_once(self, rows: Int[np.ndarray, "cell"], share: float) -> TokenBatch:
+        """Batch of a validation: the same questions whenever it is made."""
+        tokens, seed = self.tokens(rows), self.config.seed
+        return ask(tokens, [share], seed=seed) if self.config.mode == "ask" else hide_values(tokens, share, seed=seed)
+
+    def turns(self, item: _Item, rank: int, world: int) -> list[TokenBatch]:
+        """What one of `world` ranks does in a step, a batch per turn."""
+        n_turns = _n_turns(self.config, world)
+        parts = deal(item.lengths, world * n_turns)
+        return [self.asked(item.rows[parts[turn * world + rank]], item.step) for turn in range(n_turns)]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A step, as the training process hands it to the loading ones, which so need no plan."""
+
+    step: int
+    rows: Int[np.ndarray, "cell"]
+    lengths: Int[np.ndarray, "cell"]
 
 
 class CellDataModule(L.LightningDataModule):
-    """Training and validation batches from a source whose cells fit in memory as CSR.
+    """Training and validation batches.
 
-    Step `i` of training is always the same batch: its rows come from the permutation of its epoch, ties and questions are hashes of
-    (seed, step). Validation asks each share once of every cell that was held out, always the same questions.
+    Step `i` of training always has the same cells with the same questions, whatever the number of ranks, turns and loading processes:
+    the plan tells the rows, and ties, choice of genes and questions are hashes of a cell's content, the seed and the step. So a run is
+    resumed by the number of its next step alone. Validation asks each share once of the same held-out cells, always the same questions.
 
     Parameters
     ----------
     source
-        Cells without any gene of the vocabulary are left out.
+        A store is read as the batches are made; any other source is read into memory at once.
+    label_keys
+        For each role (`batch`, `cell_type`, ...) the label column whose codes the batches carry.
+
+    Attributes
+    ----------
+    training_rows, validation_rows
+        Rows of the source that are trained on and that are held out; in neither stand cells with too few genes.
+    validated_rows
+        The held-out cells that a validation looks at.
+    plan
+        The cells of every step.
     """
 
-    def __init__(self, source: CellSource, vocab: GeneVocab, settings: TokenizerSettings, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        source: StoreSource | CellSource,
+        vocab: GeneVocab,
+        settings: TokenizerSettings,
+        config: TrainConfig,
+        *,
+        label_keys: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.vocab, self.settings, self.config = vocab, settings, config
-        self.cells = _read(source, vocab)
-        order = np.random.default_rng([config.seed, 0]).permutation(len(self.cells.rows))
-        n_validation = max(1, round(config.validation_share * len(order)))
-        self.validation_rows, self.training_rows = np.sort(order[:n_validation]), np.sort(order[n_validation:])
-        if not len(self.training_rows):
-            found = f"{len(order)} cells with expressed genes of the vocabulary"
-            raise input_error(found, "at least two: one to train on, one to hold out", "give more cells")
-        self.steps_per_epoch = -(-len(self.training_rows) // config.cells_per_step)
+        if settings.zeros != 0 and isinstance(source, StoreSource):
+            source.require_measured()
+        columns = [*(label_keys or {}).values(), *_columns(config)]
+        cells = random_cells(source, vocab, list(dict.fromkeys(columns)))
+        self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys)
+        self.lengths = self._n_tokens(training_settings(settings, config))
+        self.training_rows, self.validation_rows = self._split()
+        self.validated_rows = self._validated()
+        longest = int(self.lengths[self.training_rows].max())
+        for name in ("tokens_per_step", "tokens_per_forward"):
+            if getattr(config, name) < longest:
+                found = f"train.{name} is {getattr(config, name):,}, and the longest cell has {longest:,} tokens"
+                raise input_error(found, "room for one cell at least", f"raise train.{name}, or lower train.max_length")
+        self.plan = BatchPlan(
+            self.training_rows,
+            self.lengths[self.training_rows],
+            tokens_per_step=config.tokens_per_step,
+            epochs=config.epochs,
+            seed=config.seed,
+            weights=self._weights(config.balance),
+        )
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.epochs * self.steps_per_epoch
+        return self.plan.n_steps
 
-    def rows_of(self, step: int) -> Int[np.ndarray, "cell"]:
-        """Cells of a training step; every epoch deals all training cells out in nearly equal batches."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.config.seed, 1, epoch]).permutation(self.training_rows)
-        return np.array_split(order, self.steps_per_epoch)[place]
+    def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[TokenBatch]:
+        """Make what one of `world` ranks does in a step, a batch per turn; every rank has as many turns."""
+        return self.reader.turns(self._item(step), rank, world)
 
-    def training_batch(self, step: int) -> TokenBatch:
-        """Make the batch of a training step."""
-        tokens = self._tokens(self.rows_of(step), step)
-        return ask(tokens, self.config.asked_shares, seed=self.config.seed, step=step)
+    def names_of(self, step: int, rank: int, world: int, turn: int) -> list[str]:
+        """Names of the cells of one turn, in the order of its batch."""
+        item = self._item(step)
+        part = deal(item.lengths, world * _n_turns(self.config, world))[turn * world + rank]
+        return self.cells.names(item.rows[part])
 
-    def validation_batches(self) -> list[TokenBatch]:
-        """Ask every held-out cell, once per share of `asked_shares`."""
-        n = -(-len(self.validation_rows) // _CELLS_PER_VALIDATION_BATCH)
-        parts = [self._tokens(rows, step=0) for rows in np.array_split(self.validation_rows, n)]
-        return [ask(tokens, [share], seed=self.config.seed) for share in self.config.asked_shares for tokens in parts]
+    def validation_batches(self, rank: int = 0, world: int = 1) -> list[TokenBatch]:
+        """Ask every cell of `validated_rows`, once per share; every rank has as many batches."""
+        lengths = self._n_tokens(self.settings)[self.validated_rows]
+        n_turns = -(-int(lengths.sum()) // (world * self.config.tokens_per_forward))
+        parts = deal(lengths, world * n_turns)[rank::world]
+        return [self.reader.asked_once(self.validated_rows[part], share) for share in self.config.asked_shares for part in parts]
 
-    def training_tokens(self) -> TokenBatch:
-        """All training cells with all their genes visible: what a baseline may learn from."""
-        return self._tokens(self.training_rows, step=0)
+    def training_tokens(self, n_cells: int) -> TokenBatch:
+        """Training cells, at most `n_cells` and drawn by the seed, with all genes visible: what a baseline may learn from."""
+        rng = np.random.default_rng([self.config.seed, _SAMPLE])
+        rows = rng.choice(self.training_rows, min(n_cells, len(self.training_rows)), replace=False)
+        return self.reader.tokens(np.sort(rows))
 
     def train_dataloader(self) -> DataLoader:
-        """One long epoch of `n_steps` batches."""
-        return _loader(_Steps(self), self.n_steps)
+        """One long epoch from the step that the trainer stands at to the end; items are (step, batches of this rank).
 
-    def val_dataloader(self) -> DataLoader:
-        """Serve the held-out questions, made once."""
-        batches = self.validation_batches()
-        return _loader(batches, len(batches))
+        The trainer must be told not to replace the sampler (`use_distributed_sampler=False`).
+        """
+        rank, world = _place(self.trainer)
+        self._require_cells(world)
+        start = self.trainer.global_step if self.trainer else 0
+        workers = self.config.workers
+        return DataLoader(
+            _Steps(self.reader, rank, world),
+            batch_size=None,
+            sampler=_Order(self, start),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that the loader does not draw its seed, which nothing uses, from torch's global one
+        )
 
-    def _tokens(self, rows: Int[np.ndarray, "cell"], step: int) -> TokenBatch:
-        return tokenize(_take(self.cells, rows), self.settings, cls_id=self.vocab.cls_id, step=step)
+    def _item(self, step: int) -> _Item:
+        return _Item(step, self.plan.rows_of(step), self.plan.lengths_of(step))
+
+    def _n_tokens(self, settings: TokenizerSettings) -> Int[np.ndarray, "cell"]:
+        """Tokens of every cell, `<cls>` included."""
+        n_measured = self.cells.n_measured if settings.zeros != 0 else 0
+        n_expressed, n_zeros = n_kept(self.cells.lengths, n_measured, settings)
+        return n_expressed + n_zeros + 1
+
+    def _split(self) -> tuple[Int[np.ndarray, "cell"], Int[np.ndarray, "cell"]]:
+        enough = self.cells.lengths >= self.config.min_genes
+        if not enough.all():
+            said = "%d of %d cells with fewer than %d expressed genes of the vocabulary are left out"
+            log.info(said, int((~enough).sum()), len(enough), self.config.min_genes)
+        rows = np.flatnonzero(enough)
+        held_out = self._held_out(rows, self.config.hold_out)
+        if held_out.all() or not held_out.any():
+            found = f"{len(rows)} cells with enough expressed genes of the vocabulary, {int(held_out.sum())} of them held out"
+            raise input_error(found, "at least one to train on and one to hold out", "give more cells, or change train.hold_out")
+        return rows[~held_out], rows[held_out]
+
+    def _held_out(self, rows: Int[np.ndarray, "cell"], hold_out: HoldOut) -> Bool[np.ndarray, "cell"]:
+        if hold_out.groups:
+            categories = self.cells.categories(hold_out.column)
+            for name in hold_out.groups:
+                if name not in categories:
+                    found = f"{hold_out.column!r} has no group {name!r} to hold out"
+                    raise unknown_name(found, name, categories, f"groups of {hold_out.column!r}", "train.hold_out.groups")
+            return np.isin(self.cells.codes(hold_out.column)[rows], [categories.index(name) for name in hold_out.groups])
+        order = np.random.default_rng([self.config.seed, _SPLIT]).permutation(len(rows))
+        return order < max(1, round(hold_out.share * len(rows)))
+
+    def _validated(self) -> Int[np.ndarray, "cell"]:
+        """Draw cells from every held-out group alike; a group that has too few gives all it has."""
+        rows, hold_out = self.validation_rows, self.config.hold_out
+        order = np.random.default_rng([self.config.seed, _SPLIT, 1]).permutation(len(rows))
+        groups = self.cells.codes(hold_out.column)[rows[order]] if hold_out.groups else np.zeros(len(rows), np.int64)
+        place = np.empty(len(rows), np.int64)  # of each cell among those of its group
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            place[members] = np.arange(len(members))
+        return np.sort(rows[order[np.argsort(place, kind="stable")[: hold_out.n_cells]]])
+
+    def _weights(self, balance: Balance) -> Float[np.ndarray, "cell"] | None:
+        if not _balances(balance):
+            return None
+        codes = self.cells.codes(balance.column)[self.training_rows]
+        return group_weights(codes, self.cells.categories(balance.column), balance.power, balance.factors)
+
+    def _require_cells(self, world: int) -> None:
+        per_step = self.plan.cells_per_epoch / self.plan.steps_per_epoch
+        n_parts = world * _n_turns(self.config, world)
+        if per_step < n_parts:
+            found = f"a step holds {per_step:.1f} cells on average, to be dealt to {n_parts} parts ({world} devices)"
+            raise input_error(found, "a cell at least for every part", "raise train.tokens_per_step, or use fewer devices")
 
 
 class _Steps(Dataset):
-    def __init__(self, data: CellDataModule) -> None:
-        self.data = data
+    """Steps, made from their rows; lives in the loading processes."""
 
-    def __getitem__(self, step: int) -> TokenBatch:
-        return self.data.training_batch(step)
+    def __init__(self, reader: Reader, rank: int, world: int) -> None:
+        self.reader, self.rank, self.world = reader, rank, world
 
-
-def _loader(batches: Dataset | list[TokenBatch], n: int) -> DataLoader:
-    # the generator is there so that the loader does not draw its seed, which nothing uses, from torch's global one
-    return DataLoader(batches, batch_size=None, sampler=range(n), collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
+    def __getitem__(self, item: _Item) -> tuple[int, list[TokenBatch]]:
+        return item.step, self.reader.turns(item, self.rank, self.world)
 
 
-def _as_it_is(tokens: TokenBatch) -> TokenBatch:
-    return tokens
+class _Order(Sampler):
+    """The rows of each step from `start` on; lives in the training process. Its length is that of the whole run, as Lightning counts."""
+
+    def __init__(self, data: CellDataModule, start: int) -> None:
+        self.data, self.start = data, start
+
+    def __iter__(self) -> Iterator[_Item]:
+        return (self.data._item(step) for step in range(self.start, len(self)))
+
+    def __len__(self) -> int:
+        return self.data.n_steps
 
 
-def _read(source: CellSource, vocab: GeneVocab) -> CellBatch:
-    cells = next(iter(source.batches(source.n_obs, vocab=vocab)))
-    return _take(cells, np.flatnonzero(np.diff(cells.counts.indptr)))
+def training_settings(settings: TokenizerSettings, config: TrainConfig) -> TokenizerSettings:
+    """How cells become tokens while training: as later, or cut shorter."""
+    return settings if config.max_length is None else settings.with_(max_length=min(config.max_length, settings.max_length))
 
 
-def _take(cells: CellBatch, rows: Int[np.ndarray, "cell"]) -> CellBatch:
-    return cells._replace(
-        counts=cells.counts[rows], rows=cells.rows[rows], labels={name: label[rows] for name, label in cells.labels.items()}
-    )
+def _columns(config: TrainConfig) -> list[str]:
+    """Label columns that the settings speak of."""
+    held_out = [config.hold_out.column] if config.hold_out.groups else []
+    return held_out + ([config.balance.column] if _balances(config.balance) else [])
+
+
+def _balances(balance: Balance) -> bool:
+    return balance.power > 0 or bool(balance.factors)
+
+
+def _n_turns(config: TrainConfig, world: int) -> int:
+    """Turns in which every one of `world` ranks does its part of a step."""
+    return -(-config.tokens_per_step // (world * config.tokens_per_forward))
+
+
+def _place(trainer: L.Trainer | None) -> tuple[int, int]:
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
+def _start_worker(_number: int) -> None:
+    """Live as long as the training process.
+
+    The signals that stop a run go to all of its processes: they are left to the training process, which ends its loading processes itself.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)  # for threads that began before and so do not block it
+    threading.Thread(target=_obey, args=(os.getppid(), numbers), daemon=True).start()
+
+
+def _obey(parent: int, numbers: Set[signal.Signals]) -> None:
+    while signal.sigwaitinfo(numbers).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

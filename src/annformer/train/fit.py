@@ -1,107 +1,212 @@
-"""fit(): Lightning's Trainer as we use it, quiet, with one progress display and a CSV log."""
+"""fit(): a planned run, from its first step or from its last checkpoint, to its end."""
 
 from __future__ import annotations
 
 import logging
 import re
-import sys
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import pandas as pd
-from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+import torch
 
+from annformer.errors import input_error
+from annformer.tokens import TokenBatch
+from annformer.train import checkpoint
+from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
+from annformer.train.log import loggers, read_log
 from annformer.train.plan import TrainingPlan
+from annformer.train.progress import ProgressReport
+from annformer.train.ranks import SaidElsewhere, of_all_ranks, on_first_rank, stop_all
+from annformer.train.strategy import placement
 
 log = logging.getLogger(__name__)
 
-_NOISE = ("does not have many workers", "can be set to", "`isinstance(treespec, LeafSpec)`", "srun", "Experiment logs directory")
+_NOISE = (
+    "does not have many workers",
+    "can be set to",
+    "You passed in a `val_dataloader`",
+    "`isinstance(treespec, LeafSpec)`",
+    "srun",
+    "Experiment logs directory",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "`lightning.pytorch.callbacks.ModelCheckpoint`",
+)
 """Lightning's remarks that do not concern a run planned by us."""
 
 
-def fit(plan: TrainingPlan, data: CellDataModule, folder: str | Path) -> pd.DataFrame:
-    """Run `data.n_steps` training steps, with a validation before the first and after every epoch.
+class RunStopped(KeyboardInterrupt):
+    """The run was stopped from outside; its message says what was saved."""
+
+
+def fit(plan: TrainingPlan, data: CellDataModule, folder: Path, machine: Machine | None = None, *, resume: bool = True) -> pd.DataFrame:
+    """Make the steps of `data.plan` that are not yet made, with a validation before the first and then evenly.
 
     Parameters
     ----------
     folder
-        Gets `log.csv`.
+        Gets `log.csv` and `checkpoints`; where it holds checkpoints, the run goes on from the last one, and ends with the same weights
+        as if it had never stopped. Every rank reads the checkpoint, so that it has to stand on a disk that all nodes share.
+    resume
+        False: the folder holds no checkpoint, or will not when the first rank has cleared it.
 
     Returns
     -------
     The log: a row per step that logged something, columns `step`, `train/...`, `validation/...`.
+
+    Raises
+    ------
+    RunStopped
+        After a signal (Ctrl-C, SIGTERM), when the checkpoint is written; after a second one, at once.
     """
-    folder = Path(folder)
-    logger = CSVLogger(folder, name="", version="log", flush_logs_every_n_steps=10**9)
+    machine = machine or Machine()
+    require_machine(machine)
+    found = checkpoint.newest(folder / checkpoint.FOLDER) if resume else None
+    path, start = (None, 0) if found is None else (found[0], checkpoint.step_of(found[0]))
+    if path is not None:
+        log.info("going on after step %d of %d", start, data.n_steps)
+    report, signals = ProgressReport(data, start), _Signals(plan)
+    keeper = _Keeper(data, folder, start, report, signals)
     with _quiet():
         trainer = L.Trainer(
             max_steps=data.n_steps,
             max_epochs=-1,
-            accelerator="auto",
-            devices=1,
-            logger=logger,
+            logger=loggers(machine.loggers, folder, start),
+            callbacks=[report, keeper],
+            limit_val_batches=0,
             log_every_n_steps=1,
-            val_check_interval=data.steps_per_epoch,
-            check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            gradient_clip_val=plan.config.clip_norm,
-            callbacks=[_ProgressLines(data)],
+            use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
+            **placement(machine, plan.config.precision, plan.model),
         )
-        trainer.validate(plan, data, verbose=False)
-        trainer.fit(plan, data)
-    return _collect(Path(logger.log_dir), folder / "log.csv")
+        if start < data.n_steps:
+            try:
+                with signals:
+                    trainer.fit(plan, datamodule=data, ckpt_path=path, weights_only=True)
+            except SaidElsewhere:
+                raise
+            except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+                raise keeper.stopped() from None
+    if keeper.stopped_at is not None:
+        raise stop_all(keeper.stopped())
+    return on_first_rank(lambda: read_log(folder))
 
 
-class _ProgressLines(L.Callback):
-    """A bar on a terminal; elsewhere about ten log lines."""
+def require_machine(machine: Machine) -> None:
+    """Refuse devices that are not there."""
+    n_gpus = torch.cuda.device_count()
+    if machine.accelerator == "cuda" and not n_gpus:
+        found = "a GPU is asked for, and torch sees none"
+        raise input_error(found, "an NVIDIA GPU and a build of torch for it", "leave --accelerator out, or install torch for CUDA")
+    if machine.accelerator != "cpu" and n_gpus and isinstance(machine.devices, int) and machine.devices > n_gpus:
+        found = f"{machine.devices} devices are asked for, and torch sees {n_gpus}"
+        raise input_error(found, f"at most {n_gpus}", "lower --devices")
 
-    def __init__(self, data: CellDataModule) -> None:
-        self.data = data
-        self.began = 0.0
-        self.cells = 0
-        self.bar: Progress | None = None
 
-    def on_train_start(self, trainer: L.Trainer, plan: L.LightningModule) -> None:  # noqa: ARG002
-        self.began = time.perf_counter()
-        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.add_task("training", total=self.data.n_steps, said="")
-            self.bar.start()
+class _Keeper(L.Callback):
+    """What happens between steps: log, validation, checkpoint, stop."""
+
+    def __init__(self, data: CellDataModule, folder: Path, start: int, report: ProgressReport, signals: _Signals) -> None:
+        self.data, self.folder, self.start, self.report, self.signals = data, folder, start, report, signals
+        n = data.config.validations
+        self.validate_after = {round(i * data.n_steps / n) for i in range(1, n + 1)} if n else set()
+        self.saved = time.monotonic()
+        self.stopped_at: int | None = None
+        self.batches: Sequence[TokenBatch] = ()
+
+    def setup(self, trainer: L.Trainer, plan: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        starts = of_all_ranks(self.start)
+        if len(set(starts)) > 1:
+            found = f"the processes find checkpoints of different steps: {', '.join(map(str, starts))}"
+            raise stop_all(input_error(found, "the same files on every node", "put the folder of the run on a disk that all nodes share"))
+
+    def on_train_start(self, trainer: L.Trainer, plan: L.LightningModule) -> None:
+        assert isinstance(plan, TrainingPlan), "fit() trains a TrainingPlan"
+        self.signals.arm()  # Lightning has put its own handlers in their place
+        self.batches = self.data.validation_batches(trainer.global_rank, trainer.world_size)
+        if self.start == 0 and self.data.config.validations:
+            self._validate(trainer, plan)
+
+    def on_train_batch_start(self, trainer: L.Trainer, plan: L.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        assert isinstance(plan, TrainingPlan), "fit() trains a TrainingPlan"
+        plan.wants_checkpoint = time.monotonic() - self.saved > 60 * self.data.config.checkpoint_minutes
 
     def on_train_batch_end(self, trainer: L.Trainer, plan: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        self.cells += batch.n_cells
-        done, n_steps = batch_idx + 1, self.data.n_steps
-        rate = self.cells / (time.perf_counter() - self.began)
-        said = f"loss {float(outputs['loss']):.3g}, {rate:,.0f} cells/s"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=done, said=said)
-        elif done % max(1, n_steps // 10) == 0:
-            left = (time.perf_counter() - self.began) / done * (n_steps - done)
-            log.info("step %d of %d: %s, %.0f s left", done, n_steps, said, left)
+        assert isinstance(plan, TrainingPlan) and plan.result is not None, "a step has a result"
+        config, step, last = plan.config, trainer.global_step, trainer.global_step == self.data.n_steps
+        if step in self.validate_after:
+            self._validate(trainer, plan)
+        every = config.checkpoint_steps
+        if last or plan.result.stop or plan.result.checkpoint or (every and step % every == 0):
+            with self.report.paused():
+                checkpoint.save(trainer, self.folder / checkpoint.FOLDER, keep=config.keep_checkpoints)
+            self.saved = time.monotonic()
+        if plan.result.stop and not last:
+            self.stopped_at = step
+            trainer.should_stop = True
 
-    def teardown(self, trainer: L.Trainer, plan: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        if self.bar is not None:
-            self.bar.stop()
+    def stopped(self) -> RunStopped:
+        """What to say of a run that was stopped."""
+        found = "stopped at once; what came after the last checkpoint is lost"
+        if self.stopped_at is not None:
+            found = f"stopped after step {self.stopped_at} of {self.data.n_steps}, which is saved"
+        return RunStopped(str(input_error(found, "to run to the end", "run the same command again: it goes on from the last checkpoint")))
+
+    def _validate(self, trainer: L.Trainer, plan: TrainingPlan) -> None:
+        with self.report.paused():
+            losses = plan.mean_losses(self.batches)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"validation/{name}": value for name, value in losses.items()}, trainer.global_step)
+        if trainer.is_global_zero:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            log.info("step %d of %d: on held-out cells %s", trainer.global_step, self.data.n_steps, said)
+
+
+class _Signals:
+    """Ctrl-C, SIGTERM and SIGUSR1 (what clusters send before the time is up) end the run at the end of a step; a second one at once."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan = plan
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1] if threading.current_thread() is threading.main_thread() else []
+        self.before = {number: signal.getsignal(number) for number in numbers}
+
+    def __enter__(self) -> None:
+        self.arm()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def arm(self) -> None:
+        """Take over the signals."""
+        for number in self.before:
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.plan.wants_to_stop:
+            raise KeyboardInterrupt
+        log.warning("signal %s: writing a checkpoint after this step, then stopping", signal.Signals(number).name)
+        self.plan.wants_to_stop = True
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's banner, tips and the warnings of `_NOISE`, for as long as the run lasts."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    names = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in names]
+    for logger in names:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -109,15 +214,5 @@ def _quiet() -> Iterator[None]:
                 warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in zip(names, levels, strict=True):
             logger.setLevel(level)
-
-
-def _collect(log_dir: Path, target: Path) -> pd.DataFrame:
-    """Move Lightning's table out of its folder, one row per step."""
-    table = pd.read_csv(log_dir / "metrics.csv").drop(columns="epoch").groupby("step", as_index=False).first()
-    for path in log_dir.iterdir():
-        path.unlink()
-    log_dir.rmdir()
-    table.to_csv(target, index=False)
-    return table

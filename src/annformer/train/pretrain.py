@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,27 @@ from torch import Tensor
 import annformer
 from annformer.baselines import gene_means
 from annformer.data.source import CellSource
+from annformer.data.store import StoreSource
 from annformer.inference import evaluating
 from annformer.objectives.gep import GEP
 from annformer.objectives.gepc import GEPC
 from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tokens import Encoded, TokenBatch
-from annformer.train.config import PretrainConfig
+from annformer.train import checkpoint
+from annformer.train.config import Machine, PretrainConfig
 from annformer.train.datamodule import CellDataModule
-from annformer.train.fit import fit
+from annformer.train.fit import fit, require_machine
+from annformer.train.folder import RunFolder, is_first_on_node, is_first_rank
+from annformer.train.gene_init import co_expression, settle_untrained, start_genes_at
+from annformer.train.log import require_loggers
 from annformer.train.plan import TrainingPlan
+from annformer.train.ranks import on_first_rank
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
+
+_CELLS_OF_FLOORS = 5_000
+"""Training cells from which the gene means are taken."""
 
 
 @dataclass(frozen=True)
@@ -44,65 +55,163 @@ class Pretrained:
     """Mean squared error (in value bins) on the held-out cells: `gep`, `gepc`, `gene mean`."""
 
 
-def pretrain(source: CellSource, vocab: GeneVocab, config: PretrainConfig, folder: str | Path, *, name: str = "unnamed") -> Pretrained:
+def pretrain(
+    source: CellSource,
+    vocab: GeneVocab,
+    config: PretrainConfig,
+    folder: str | Path,
+    *,
+    name: str = "unnamed",
+    machine: Machine | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pretrained:
     """Train a model from scratch on the expression of cells, without any label (scGPT: generative pretraining).
+
+    A run that was stopped or killed goes on where it was when the same call is made again, and ends with the same weights.
 
     Parameters
     ----------
     source
-        Cells; a share of them is held out to measure the error.
+        Cells, best a `StoreSource`, whose shards are checked first; any other source is read into memory. Some are held out to measure
+        the error.
     vocab
         Tokens of the model, special ones included.
     config
         The recipe.
     folder
-        Gets `log.csv`; the model itself is returned, not written.
+        Gets `recipe.yaml`, `run.json`, `log.csv`, `checkpoints`, and in the end `model`.
     name
         What the model is called.
+    machine
+        Devices, nodes, strategy, loggers.
+    overwrite
+        Begin anew where `folder` holds a run.
+    progress
+        Called with the bytes of the store that are checked, and their total.
+
+    Raises
+    ------
+    InputError
+        When a shard is damaged or `folder` holds another run, before anything is written; when the disk is full; or when the loss stops
+        being finite (naming the cells).
     """
-    data = CellDataModule(source, vocab, config.tokenizer, config.train)
-    model = new_model(vocab, config)
+    machine = machine or Machine()
+    require_machine(machine)
+    require_loggers(machine.loggers)
+    run = RunFolder(Path(folder), config, source)
+    run.check(overwrite=overwrite)
+    if isinstance(source, StoreSource) and is_first_on_node():
+        source.verify(progress)
+    data = prepare_data(source, vocab, config)
+    model = new_model(data.vocab, config)
+    with run.held(overwrite=overwrite):
+        history = _fit(model, data, config, run.path, machine, resume=not overwrite)
+        return on_first_rank(lambda: _finish(run, data, history, name, source))
+
+
+def _fit(model: ScGPT, data: CellDataModule, config: PretrainConfig, folder: Path, machine: Machine, *, resume: bool) -> pd.DataFrame:
+    if not resume or checkpoint.newest(folder / checkpoint.FOLDER) is None:
+        start(model, data, config)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_cells, n_held_out = len(data.training_rows), len(data.validation_rows)
     log.info(
-        "pretraining %s parameters on %d cells (%d held out) for %d steps",
-        f"{n_parameters:,}",
-        len(data.training_rows),
-        len(data.validation_rows),
+        "pretraining %s parameters on %s cells (%s held out) for %d steps",
+        *map("{:,}".format, (n_parameters, n_cells, n_held_out)),
         data.n_steps,
     )
-    history = fit(TrainingPlan(model, config.train, data.n_steps), data, folder)
+    return fit(TrainingPlan(model, config.train, data.n_steps), data, folder, machine, resume=resume)
+
+
+def _finish(run: RunFolder, data: CellDataModule, history: pd.DataFrame, name: str, source: CellSource) -> Pretrained:
+    model = finished_model(run.path, data.vocab, run.config)
     errors = held_out_errors(model, data)
-    model.config = model.config.with_(provenance={"name": name, **_provenance(config, data, errors)})
-    return Pretrained(model.eval(), history, data.cells.rows[data.validation_rows], errors)
+    model.config = model.config.with_(provenance={"name": name, **_provenance(run.config, data, errors, source)})
+    if is_first_rank():
+        run.finish(model, history)
+    return Pretrained(model, history, data.validation_rows, errors)
+
+
+def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
+    """Split the cells, and mark the genes that too few training cells express as untrained: they are not read at all."""
+    data = CellDataModule(source, vocab, config.tokenizer, config.train)
+    met = np.zeros(len(vocab), np.int64)
+    for first in range(0, len(data.training_rows), 4096):
+        cells = data.cells.rows(data.training_rows[first : first + 4096])
+        met[cells.gene_ids] += np.bincount(cells.counts.indices, minlength=len(cells.gene_ids))
+    rare = (met < config.min_cells) & vocab.is_gene
+    if not rare.any():
+        return data
+    log.info(
+        "%s of %s genes are expressed by fewer than %d training cells: marked untrained",
+        *map("{:,}".format, (rare.sum(), len(vocab.genes))),
+        config.min_cells,
+    )
+    learned = GeneVocab(vocab.tokens, untrained=(vocab.tokens[i] for i in np.flatnonzero(rare)))
+    return CellDataModule(source, learned, config.tokenizer, config.train)
 
 
 def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
     """Build a model with random weights, the same ones for the same seed."""
-    folder_config = ModelFolderConfig(model=config.network(vocab), tokenizer=config.tokenizer, objectives=config.objectives)
+    folder_config = ModelFolderConfig(
+        model=config.network(vocab),
+        tokenizer=config.tokenizer,
+        objectives=config.objectives,
+        untrained_genes=tuple(sorted(vocab.untrained)),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return ScGPT(folder_config, vocab)
 
 
-def _provenance(config: PretrainConfig, data: CellDataModule, errors: dict[str, float]) -> dict[str, Any]:
+def start(model: ScGPT, data: CellDataModule, config: PretrainConfig) -> None:
+    """Start from what can be known without training: the mean value, and which genes go together."""
+    values = data.training_tokens(512).values
+    for objective in model.objectives.values():
+        if isinstance(objective, GEP) and objective.config.loss == "mse":
+            # the first thousand steps would go into learning one number
+            last = objective.value[-1]
+            assert isinstance(last, torch.nn.Linear), "a head ends with a linear layer"
+            torch.nn.init.constant_(last.bias, float(values[values > 0].mean()))
+    if config.train.gene_init == "svd":
+        log.info("placing genes by a singular value decomposition of the training cells")
+        width = model.config.model.width
+        start_genes_at(model, co_expression(data.cells, data.training_rows, len(data.vocab), width, seed=config.train.seed))
+
+
+def finished_model(folder: Path, vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
+    """Read the weights of the last checkpoint, which are whole in it, however the run was spread over devices."""
+    found = checkpoint.newest(folder / checkpoint.FOLDER)
+    assert found is not None, "a run ends with a checkpoint"
+    model = new_model(vocab, config)
+    model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in found[1]["state_dict"].items()})
+    settle_untrained(model, vocab.is_trained)
+    return model.eval()
+
+
+def _provenance(config: PretrainConfig, data: CellDataModule, errors: dict[str, float], source: CellSource) -> dict[str, Any]:
     """What the model folder says about how the weights came about."""
+    corpus = {}
+    if isinstance(source, StoreSource):
+        sources = [{"name": record.name, "cells": record.n_kept, "sha256": record.sha256} for record in source.manifest.sources]
+        corpus = {"corpus": sources, "held_out_of_the_corpus": [record.name for record in source.manifest.held_out]}
     return {
         "made_by": f"annformer {annformer.__version__}, pretrained from scratch",
         "cells": {"trained on": len(data.training_rows), "held out": len(data.validation_rows)},
         "steps": data.n_steps,
-        "training": config.train.model_dump(mode="json"),
+        "recipe": json.loads(config.model_dump_json()),
         "held_out_squared_error": errors,
-    }
+    } | corpus
 
 
 def held_out_errors(model: ScGPT, data: CellDataModule) -> dict[str, float]:
     """Mean squared error, in bins, over the asked genes of held-out cells.
 
-    By method: `gep` and `gepc` where the model has them, and the floor `gene mean`, which predicts the mean bin of each gene over the
-    training cells that express it.
+    By method: `gep` and `gepc` where the model has them, and the floor `gene mean`, which predicts the mean bin of each gene over training
+    cells that express it.
     """
-    seen = data.training_tokens()
-    means = torch.from_numpy(gene_means(seen.gene_ids.numpy(), seen.values.numpy(), len(model.vocab)))
+    seen = data.training_tokens(_CELLS_OF_FLOORS)
+    means = torch.from_numpy(gene_means(seen.gene_ids.numpy(), seen.values.numpy(), len(model.vocab), smoothing=3.0))
     totals: defaultdict[str, float] = defaultdict(float)
     n_asked = 0
     with evaluating(model), torch.inference_mode():

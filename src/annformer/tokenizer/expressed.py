@@ -1,83 +1,20 @@
-"""CellBatch -> TokenBatch: pick genes, bin their values by the cell's own quantiles, put `<cls>` first, pack.
-
-A value bin is 0 for zero and 1 .. n_bins - 1 for the non-zero values of a cell, which are cut at n_bins - 1 quantiles of these same values
-(float64, linear interpolation, exactly as `np.quantile` computes them). A value that equals m > 1 edges may stand in any of the m bins that
-end there; which one is drawn, uniformly. Ties are common in counts, so this draw and the choice of genes in long cells are the only
-randomness here, and both are hashes of (cell, gene): the cell's key is the order-free sum of the hashes of its (gene, value) pairs. So the
-tokens of a cell depend on its content, the seed and the step, never on its neighbours, on row or column order, chunks, workers or dtype.
-"""
+"""Expressed genes as tokens: their value bins, and which of them are kept in long cells."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, UInt32, UInt64
 from numpy import ndarray
-from pydantic import Field
 
-from annformer.config import Config
-from annformer.kernels import GOLDEN, jit, mix
-from annformer.tokens import CellBatch, TokenBatch
+from annformer.kernels import GOLDEN, LARGEST, jit, keep, mix, threshold
 
 _ROWS_PER_SORT = 16  # rows of about equal length that are padded and sorted together
 _TOO_LARGE = 1024  # whole numbers below it are tallied instead of sorted, and find their bins in a table
 _LANES = np.uint32(8)  # tallies side by side: a value that follows itself does not wait for its last addition
 _1, _32 = np.uint64(1), np.uint64(32)
-_LOW_HALF, _LARGEST = np.uint64(0xFFFFFFFF), np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-class TokenizerSettings(Config):
-    """How cells become tokens; part of a model, because a network reads only values made the way it was trained on."""
-
-    n_bins: int = Field(51, ge=2)
-    """Value bins with the one for zero."""
-    max_length: int = Field(1200, ge=2)
-    """Most tokens of a cell, `<cls>` included; of longer cells a random choice of genes is kept."""
-    cls_value: float = -2.0
-    """Value at `<cls>`: -2 in pretraining and zero-shot use, 0 in the fine-tuning of the published models."""
-    values: Literal["bins", "raw"] = "bins"
-    """What the network gets: the value bin, or the value as it is."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of ties and of the choice of genes."""
-
-
-def tokenize(cells: CellBatch, settings: TokenizerSettings, *, cls_id: int, step: int = 0) -> TokenBatch:
-    """Turn cells into packed tokens, all of them visible.
-
-    Bins are taken over all non-zero genes of a cell, before genes are chosen. A cell without any gene becomes a lone `<cls>`. Negative
-    values, which data sources refuse, are binned like any other non-zero value.
-
-    Parameters
-    ----------
-    step
-        Training step: another step draws ties and genes anew. Leave it alone where results should repeat.
-    """
-    counts, gene_ids = _in_vocabulary_order(cells)
-    starts, columns = counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False).view(np.uint32)
-    offsets = np.zeros(len(starts), np.int64)
-    np.cumsum(np.minimum(starts[1:] - starts[:-1], settings.max_length - 1) + 1, out=offsets[1:])
-    ids, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
-    quantiles = _quantiles(settings.n_bins if settings.values == "bins" else 1)
-    given = (starts, columns, counts.data, gene_ids, _gene_keys(gene_ids), settings.seed, step, cls_id, settings.cls_value, quantiles)
-    others = _fill(np.arange(len(starts) - 1), np.empty((0, 0)), *given, offsets, ids, values)
-    if len(others):
-        _fill(others, quantile_edges(starts, counts.data, settings.n_bins, others), *given, offsets, ids, values)
-    packed = torch.from_numpy(offsets)
-    return TokenBatch(
-        gene_ids=torch.from_numpy(ids),
-        values=torch.from_numpy(values),
-        flags=None,
-        dose=None,
-        offsets=packed,
-        n_visible=packed.diff(),
-        targets=None,
-        modality=None,
-        labels={name: torch.from_numpy(codes.astype(np.int64)) for name, codes in cells.labels.items()},
-        cell=None,
-    )
+_LOW_HALF = np.uint64(0xFFFFFFFF)
 
 
 def quantile_edges(
@@ -94,29 +31,14 @@ def quantile_edges(
         table = np.empty((len(some), lengths[some[-1]]), data.dtype)
         _copy_rows(starts, data, rows[some], table)
         table.sort(axis=1)  # with vector instructions: faster than numba's sort
-        _interpolate(lengths[some], table, _quantiles(n_bins), some, edges)
+        _interpolate(lengths[some], table, quantiles_of(n_bins), some, edges)
     return edges
 
 
 @cache
-def _quantiles(n_bins: int) -> Float[ndarray, "edge"]:
+def quantiles_of(n_bins: int) -> Float[ndarray, "edge"]:
+    """Where a cell's values are cut into bins."""
     return np.linspace(0, 1, n_bins - 1)
-
-
-def _in_vocabulary_order(cells: CellBatch) -> tuple[Any, Int[ndarray, "gene"]]:
-    gene_ids = np.asarray(cells.gene_ids, np.int64)
-    if np.all(gene_ids[1:] > gene_ids[:-1]):
-        return cells.counts, gene_ids
-    order = np.argsort(gene_ids)
-    return cells.counts.tocsc()[:, order].tocsr(), gene_ids[order]  # both conversions are linear; sorting indices in rows is slower
-
-
-@jit
-def _gene_keys(gene_ids: Int[ndarray, "gene"]) -> UInt64[ndarray, "gene"]:
-    keys = np.empty(len(gene_ids), np.uint64)
-    for gene in range(len(gene_ids)):
-        keys[gene] = mix(np.uint64(gene_ids[gene]) * GOLDEN)
-    return keys
 
 
 @jit
@@ -153,7 +75,7 @@ def _between(low: float, high: float, share: float) -> float:
 
 
 @jit
-def _fill(
+def fill_expressed(
     cells: Int[ndarray, "some"],
     edges: Float[ndarray, "some edge"],
     starts: Int[ndarray, "cell+1"],
@@ -167,10 +89,14 @@ def _fill(
     cls_value: float,
     quantiles: Float[ndarray, "edge"],
     offsets: Int[ndarray, "cell+1"],
+    n_kept: Int[ndarray, "cell"],
     ids: Int[ndarray, "token"],
     values: Float[ndarray, "token"],
+    cell_keys: UInt64[ndarray, "cell"],
 ) -> Int[ndarray, "other"]:
-    """Write the tokens of cells. Without `edges` the cells that hold no small counts are left alone and returned.
+    """Write `<cls>` and, at the end of the cell's place, `n_kept` of its expressed genes; `cell_keys` gets what further draws hash with.
+
+    Without `edges` the cells that hold no small counts are left alone and returned.
 
     Indices are unsigned: a signed one may be negative, and the check for that takes longer than many of these loops.
     """
@@ -183,7 +109,7 @@ def _fill(
     run_key = mix(mix(np.uint64(seed) + GOLDEN) + np.uint64(step))
     for number, cell in enumerate(cells):
         ids[offsets[cell]], values[offsets[cell]] = cls_id, cls_value
-        first, n, place, end = starts[cell], starts[cell + 1] - starts[cell], offsets[cell] + 1, offsets[cell + 1]
+        first, n, place, end = starts[cell], starts[cell + 1] - starts[cell], offsets[cell + 1] - n_kept[cell], offsets[cell + 1]
         if n == 0:
             continue
         here, numbers, values_here = columns[first : first + n], data[first : first + n], values[place:end]
@@ -193,8 +119,8 @@ def _fill(
             others[n_others] = cell
             n_others += 1
             continue
-        _hash_genes(here, keys, numbers, run_key, hashes[:n])
-        _keep(hashes[:n], _threshold(hashes[:n], end - place) if end - place < n else _LARGEST, kept)
+        cell_keys[cell] = _hash_genes(here, keys, numbers, run_key, hashes[:n])
+        keep(hashes[:n], threshold(hashes[:n], end - place) if end - place < n else LARGEST, kept)
         chosen = kept[: end - place]
         _take(chosen, here, gene_ids, ids[place:end])
         if len(quantiles) == 0:
@@ -228,8 +154,11 @@ def _hash_genes(
     numbers: Float[ndarray, "gene"],
     run_key: np.uint64,
     hashes: UInt64[ndarray, "gene"],
-) -> None:
-    """One number per gene, a bijection of the gene's id for a given cell, so that no two genes of a cell share one."""
+) -> np.uint64:
+    """One number per gene, a bijection of the gene's id for a given cell, so that no two genes of a cell share one.
+
+    Returns the cell's key, with which any other gene is hashed likewise.
+    """
     for i in range(len(columns)):  # not in one loop with the next: each becomes vector instructions only by itself
         hashes[i] = keys[columns[i]]
     content = np.uint64(0)
@@ -242,34 +171,7 @@ def _hash_genes(
     key = mix(content + run_key)
     for i in range(len(columns)):
         hashes[i] = mix(hashes[i] + key)
-
-
-@jit
-def _threshold(hashes: UInt64[ndarray, "gene"], n: int) -> np.uint64:
-    """A number that exactly n hashes do not exceed, found by interpolation: evenly spread numbers need four or five guesses."""
-    low, high, n_low, n_high = np.uint64(0), _LARGEST, 0, len(hashes)
-    while high - low > _1:
-        guess = low + np.uint64(np.float64(high - low) * ((n - n_low + 0.5) / (n_high - n_low + 1)))
-        guess = min(max(guess, low + _1), high - _1)
-        n_guess = 0
-        for i in range(len(hashes)):
-            n_guess += hashes[i] <= guess
-        if n_guess == n:
-            return guess
-        if n_guess < n:
-            low, n_low = guess, n_guess
-        else:
-            high, n_high = guess, n_guess
-    return high  # only if a column stands twice in a row: more than n hashes
-
-
-@jit
-def _keep(hashes: UInt64[ndarray, "gene"], threshold: np.uint64, kept: UInt32[ndarray, "gene+1"]) -> None:
-    """List the genes whose hash is at most `threshold`, in their order. Writing first and counting then avoids a branch."""
-    place = np.uint64(0)
-    for i in range(len(hashes)):
-        kept[place] = i
-        place += np.uint64(hashes[i] <= threshold)
+    return key
 
 
 @jit

@@ -1,0 +1,117 @@
+"""Put a finished pretraining run into the package as a model that ships.
+
+    python scripts/ship_model.py RUN --store STORE --evaluation DIR --choices CHOICES.md
+
+RUN is the folder of `annformer pretrain`, STORE what it was trained on (with label columns `tissue`, `licence` and `origin`), DIR what
+`benchmarks/pretraining.py --out DIR > DIR/evaluation.md` wrote for RUN/model, CHOICES.md what was tried before, as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import annformer as af
+from annformer.card import model_card
+from annformer.data.store import StoreSource
+
+MODELS = Path(__file__).resolve().parent.parent / "src" / "annformer" / "models"
+LICENCE = (
+    "The weights come under the licence of annformer, BSD-3-Clause. The cells are public measurements; the table above says under which "
+    "licence the repositories that they were taken from stand."
+)
+GOOD_FOR = (
+    "trying annformer on a laptop, without a download: embeddings, gene embeddings, a start for fine-tuning",
+    "human cells measured by droplet methods, blood and tumours best, because most of the corpus is that",
+)
+NOT_GOOD_FOR = (
+    "atlases: the corpus has some thousand cells of few tissues; a model pretrained on millions (`scgpt-human`) knows far more",
+    "conclusions from its embedding alone where PCA of the same cells says otherwise: see the evaluation",
+    "species other than human, and genes that are marked untrained (`untrained_genes` in config.json), which it does not read",
+)
+LIMITS = (
+    "zero counts are not read: the network sees expressed genes only",
+    "no correction of batches: cells of different studies differ in the embedding by technique as well",
+    "what stands in the evaluation was measured on small public sets, blood above all",
+)
+
+
+def main() -> None:
+    """Read the run, write the model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--choices", type=Path, required=True)
+    options = parser.parse_args()
+    model = af.ScGPT.from_pretrained(options.run / "model")
+    measured = pd.read_csv(options.evaluation / "expression.csv").set_index("set").loc["mean of sets"]
+    unseen = {"gep": measured["GEP"], "gepc": measured["GEPC"], "gene mean": measured["gene mean"], "ridge": measured["ridge"]}
+    provenance = model.config.provenance | {"squared_error_on_unseen_sets": {name: float(value) for name, value in unseen.items()}}
+    model.config = model.config.with_(provenance=provenance)
+    card = model_card(
+        model.name,
+        provenance | {"held_out_squared_error": unseen},
+        sources=sources(StoreSource(options.store)),
+        curve=curve(pd.read_csv(options.run / "log.csv")),
+        facts=facts(model),
+        evaluation={
+            "On cells that it never saw": (options.evaluation / "evaluation.md").read_text(encoding="utf-8"),
+            "What was tried before": options.choices.read_text(encoding="utf-8"),
+        },
+        good_for=GOOD_FOR,
+        not_good_for=NOT_GOOD_FOR,
+        limits=LIMITS,
+        licence=LICENCE,
+    )
+    folder = MODELS / model.name
+    model.save_pretrained(folder, card=card)
+    (folder / "model.safetensors").chmod(0o644)
+    print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")
+
+
+def sources(store: StoreSource) -> list[dict[str, object]]:
+    """One row for each study of the corpus."""
+    columns = ("tissue", "licence", "origin")
+    study = store.codes("study")
+    rows = []
+    for code, name in enumerate(store.manifest.columns["study"]):
+        of = np.flatnonzero(study == code)
+        labels = {column: store.manifest.columns[column][int(store.codes(column, of[:1])[0])] for column in columns}
+        rows.append({"study": name, "cells": len(of), **labels})
+    return sorted(rows, key=lambda row: -int(str(row["cells"])))
+
+
+def curve(history: pd.DataFrame) -> list[dict[str, object]]:
+    """Losses of held-out cells by step."""
+    names = [name for name in history if name.startswith("validation/") and name != "validation/loss"]
+    some = history.dropna(subset=names)
+    epochs = history[["step", "epoch"]].dropna()
+    return [
+        {
+            "step": int(row["step"]),
+            "epoch": round(float(np.interp(row["step"], epochs["step"], epochs["epoch"], left=0.0)), 2),
+            **{f"held-out {name.removeprefix('validation/')}": float(row[name]) for name in names},
+        }
+        for _, row in some.iterrows()
+    ]
+
+
+def facts(model: af.ScGPT) -> dict[str, object]:
+    """Sizes of the model."""
+    config = model.config.model
+    genes, rows = len(model.vocab.genes), model.encoder.gene.weight.numel()
+    return {
+        "network": f"{config.n_layers} layers, {config.width} wide, {config.n_heads} heads, feed-forward {config.ff_width}",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}, {rows:,} of them rows of genes",
+        "vocabulary": f"{genes:,} genes, {genes - len(model.vocab.untrained):,} of them learned, the others marked untrained",
+        "tokens": f"{model.tokenizer.values}, {model.tokenizer.n_bins} bins, at most {model.tokenizer.max_length:,} of a cell",
+        "squared error": "GEP of asked genes, in bins; the first line is the mean over the held-out sets of the evaluation below",
+    }
+
+
+if __name__ == "__main__":
+    main()

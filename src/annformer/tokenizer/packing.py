@@ -1,0 +1,78 @@
+"""Cells as packed tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt64
+from numpy import ndarray
+
+from annformer.kernels import GOLDEN, jit, mix
+from annformer.tokenizer.expressed import fill_expressed, quantile_edges, quantiles_of
+from annformer.tokenizer.settings import TokenizerSettings, n_kept
+from annformer.tokenizer.zeros import add_zeros
+from annformer.tokens import CellBatch, Measured, TokenBatch
+
+
+def tokenize(cells: CellBatch, settings: TokenizerSettings, *, cls_id: int, step: int = 0) -> TokenBatch:
+    """Turn cells into packed tokens, all of them visible; the genes of a cell stand in the order of their ids.
+
+    Bins are taken over all non-zero genes of a cell, before genes are chosen. A cell without any gene becomes a lone `<cls>`. Negative
+    values, which data sources refuse, are binned like any other non-zero value.
+
+    Parameters
+    ----------
+    cells
+        With `settings.zeros`, the columns that `cells.measured` says are genes that were measured: nothing else can tell a zero from a gap.
+    step
+        Training step: another step draws ties and genes anew. Leave it alone where results should repeat.
+    """
+    counts, gene_ids, measured = _in_vocabulary_order(cells)
+    starts, columns = counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False).view(np.uint32)
+    n_expressed, n_zeros = n_kept(starts[1:] - starts[:-1], cells.n_measured if settings.zeros != 0 else 0, settings)
+    offsets = np.zeros(len(starts), np.int64)
+    np.cumsum(n_expressed + n_zeros + 1, out=offsets[1:])
+    ids, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
+    gene_keys, cell_keys = _gene_keys(gene_ids), np.empty(len(n_expressed), np.uint64)
+    quantiles = quantiles_of(settings.n_bins if settings.values == "bins" else 1)
+    given = (starts, columns, counts.data, gene_ids, gene_keys, settings.seed, step, cls_id, settings.cls_value, quantiles)
+    made = (offsets, n_expressed, ids, values, cell_keys)
+    others = fill_expressed(np.arange(len(n_expressed)), np.empty((0, 0)), *given, *made)
+    if len(others):
+        fill_expressed(others, quantile_edges(starts, counts.data, settings.n_bins, others), *given, *made)
+    if settings.zeros != 0:
+        assert cls_id not in gene_ids, "the columns are genes: <cls> is never measured"
+        add_zeros(starts, columns, *measured, gene_ids, gene_keys, cell_keys, n_zeros, offsets, ids, values)
+    packed = torch.from_numpy(offsets)
+    return TokenBatch(
+        gene_ids=torch.from_numpy(ids),
+        values=torch.from_numpy(values),
+        flags=None,
+        dose=None,
+        offsets=packed,
+        n_visible=packed.diff(),
+        targets=None,
+        modality=None,
+        labels={name: torch.from_numpy(codes.astype(np.int64)) for name, codes in cells.labels.items()},
+        cell=None,
+    )
+
+
+def _in_vocabulary_order(cells: CellBatch) -> tuple[Any, Int[ndarray, "gene"], Measured]:
+    gene_ids = np.asarray(cells.gene_ids, np.int64)
+    measured = cells.measured or Measured(np.ones((1, len(gene_ids)), dtype=bool), np.zeros(len(cells.rows), np.int64))
+    if np.all(gene_ids[1:] > gene_ids[:-1]):
+        return cells.counts, gene_ids, measured
+    order = np.argsort(gene_ids)
+    counts = cells.counts.tocsc()[:, order].tocsr()  # both conversions are linear; sorting indices in rows is slower
+    return counts, gene_ids[order], measured._replace(genes=measured.genes.take(order, axis=1))
+
+
+@jit
+def _gene_keys(gene_ids: Int[ndarray, "gene"]) -> UInt64[ndarray, "gene"]:
+    keys = np.empty(len(gene_ids), np.uint64)
+    for gene in range(len(gene_ids)):
+        keys[gene] = mix(np.uint64(gene_ids[gene]) * GOLDEN)
+    return keys

@@ -1,0 +1,165 @@
+"""What a pretraining run would take, said before anything starts: parameters, memory, time, cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+import torch
+
+from annformer.data.source import CellSource
+from annformer.data.store import StoreSource
+from annformer.errors import input_error
+from annformer.scgpt import ScGPT
+from annformer.train.config import Machine, PretrainConfig
+from annformer.train.datamodule import CellDataModule
+from annformer.train.flops import PEAK_FLOPS, batch_flops, peak_flops
+from annformer.train.pretrain import new_model
+
+BYTES_PER_PARAMETER: Final = 16
+"""Weight, gradient and the two moments of AdamW, in float32."""
+_STEPS: Final = 3
+_GPUS: Final = ("NVIDIA A100", "NVIDIA H100", "NVIDIA H200")
+_EXPECTED_MFU: Final = 0.4
+"""Share of a GPU's peak that a well-fed run of this kind reaches; nothing of it was measured here."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of a run; seconds and bytes are those of one device that made a few real steps."""
+
+    n_parameters: int
+    n_gene_parameters: int
+    n_cells: int
+    n_held_out: int
+    tokens_per_epoch: int
+    steps_per_epoch: int
+    n_steps: int
+    turns: int
+    """Forward and backward passes of one device in a step."""
+    flops_per_epoch: float
+    device: str
+    seconds_per_epoch: float
+    """On as many devices as the run has, if they share the work evenly."""
+    mfu: float
+    working_bytes: int
+    """Activations and whatever else the measured steps took beyond the parameters' own."""
+    n_devices: int
+    price_per_hour: float | None
+    epochs: float
+
+    def lines(self) -> list[str]:
+        """Say it."""
+        whole = self.seconds_per_epoch * self.epochs
+        turns = f"{self.turns} turn{'s' * (self.turns > 1)} of each device in a step"
+        operations = f"{self.flops_per_epoch:.3g} floating point operations"
+        state = _gigabytes(self.n_parameters * BYTES_PER_PARAMETER)
+        where = f"{self.n_devices} x {self.device} (measured: {_STEPS} steps, MFU {self.mfu:.0%})"
+        lines = [
+            f"network        {self.n_parameters:,} parameters, {self.n_gene_parameters:,} of them rows of genes",
+            f"cells          {self.n_cells:,} to train on, {self.n_held_out:,} held out",
+            f"an epoch       {self.tokens_per_epoch:,} tokens in {self.steps_per_epoch:,} steps; {operations}",
+            f"the run        {self.epochs:g} epochs, {self.n_steps:,} steps, {turns}",
+            f"memory         {state} for parameters and optimizer, about {_gigabytes(self.working_bytes)} for a turn, per device",
+            f"checkpoint     {_gigabytes(self.n_parameters * 12)} on disk",
+            f"time           {_hours(self.seconds_per_epoch)} an epoch, {_hours(whole)} in all, on {where}",
+        ]
+        if self.price_per_hour is not None:
+            per_epoch = self.seconds_per_epoch / 3600 * self.price_per_hour * self.n_devices
+            rate = f"at {self.price_per_hour:g} per device and hour"
+            lines.append(f"cost           {per_epoch:,.2f} an epoch, {per_epoch * self.epochs:,.2f} in all, {rate}")
+        lines += ["by arithmetic, not measured:"]
+        for gpu in _GPUS:
+            seconds = self.flops_per_epoch / (PEAK_FLOPS[gpu]["bf16"] * _EXPECTED_MFU)
+            lines.append(f"  one {gpu:<12} {_hours(seconds)} an epoch in bf16, at {_EXPECTED_MFU:.0%} of its peak")
+        return lines
+
+
+def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, price_per_hour: float | None = None) -> Estimate:
+    """Plan a run and measure a few of its steps on one device.
+
+    Raises
+    ------
+    InputError
+        When `machine` asks for a GPU and there is none.
+    """
+    device = _device(machine)
+    vocab = source.vocab if isinstance(source, StoreSource) else None
+    assert vocab is not None, "estimates are made for stores"
+    data = CellDataModule(source, vocab, config.tokenizer, config.train)
+    model = new_model(vocab, config).to(device)
+    n_devices = machine.nodes * (machine.devices if isinstance(machine.devices, int) else max(1, torch.cuda.device_count()))
+    seconds, working, flops, tokens = _measure(model, data, device, n_devices)
+    plan = data.plan
+    whole_epoch = min(plan.steps_per_epoch, plan.n_steps)
+    tokens_per_epoch = round(plan.tokens_until(whole_epoch) * plan.steps_per_epoch / whole_epoch)
+    return Estimate(
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        n_gene_parameters=model.encoder.gene.weight.numel(),
+        n_cells=len(data.training_rows),
+        n_held_out=len(data.validation_rows),
+        tokens_per_epoch=tokens_per_epoch,
+        steps_per_epoch=plan.steps_per_epoch,
+        n_steps=plan.n_steps,
+        turns=len(data.step_batches(0, 0, n_devices)),
+        flops_per_epoch=flops / tokens * tokens_per_epoch,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else _threads(torch.get_num_threads()),
+        seconds_per_epoch=seconds / tokens * tokens_per_epoch / n_devices,
+        mfu=flops / seconds / peak_flops(device, config.train.precision),
+        working_bytes=working,
+        n_devices=n_devices,
+        price_per_hour=price_per_hour,
+        epochs=config.train.epochs,
+    )
+
+
+def _measure(model: ScGPT, data: CellDataModule, device: torch.device, world: int) -> tuple[float, int, float, int]:
+    """Seconds, bytes beyond the parameters', operations and tokens of a few turns of one device, after one that warms up."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    dtype = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[data.config.precision]
+    seconds, flops, tokens, working = 0.0, 0.0, 0, 0
+    before = _bytes(device)
+    for step in range(1 + _STEPS):
+        batch = max(data.step_batches(min(step, data.n_steps - 1), 0, world), key=lambda tokens: tokens.n_tokens)
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            losses = model.losses(batch.to(device))
+        torch.stack([loss.mean for loss in losses.values()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if step:
+            seconds += time.perf_counter() - began
+            flops += batch_flops(model, batch)
+            tokens += batch.n_tokens
+        working = max(working, _bytes(device) - before)
+    own = 12 * sum(parameter.numel() for parameter in model.parameters())  # gradients and moments came during the steps
+    return seconds, max(0, working - own), flops, tokens
+
+
+def _bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _device(machine: Machine) -> torch.device:
+    if machine.accelerator == "cuda" and not torch.cuda.is_available():
+        found = "--accelerator cuda, and torch sees no GPU"
+        raise input_error(found, "an NVIDIA GPU and a build of torch for it", "leave --accelerator out, or install torch for CUDA")
+    return torch.device("cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu")
+
+
+def _threads(n: int) -> str:
+    return f"process of {n} CPU thread{'s' * (n > 1)}"
+
+
+def _gigabytes(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB"
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 2e5 else f"{seconds / 86400:.0f} days"

@@ -1,0 +1,46 @@
+"""How processes that train together speak with each other, beside their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from annformer.errors import InputError
+from annformer.model.ranks import n_ranks
+
+_T = TypeVar("_T")
+
+
+class SaidElsewhere(SystemExit):
+    """Ends a process where all ranks stop for the same reason, and the first one says it."""
+
+
+def stop_all(reason: BaseException) -> BaseException:
+    """Build what every rank raises, where all know the same reason to stop."""
+    return reason if n_ranks() == 1 or torch.distributed.get_rank() == 0 else SaidElsewhere(0)
+
+
+def on_first_rank(make: Callable[[], _T]) -> _T:
+    """Let the first rank make something and give it to all; all stop where it cannot."""
+    if n_ranks() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = make()
+        except InputError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise stop_all(box[1])
+    return box[0]
+
+
+def of_all_ranks(value: _T) -> list[_T]:
+    """Collect the values of all ranks, in their order."""
+    values = [value] * n_ranks()
+    if n_ranks() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

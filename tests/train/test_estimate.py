@@ -1,0 +1,85 @@
+"""What a run would take, said before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from annformer.data.store import StoreSource
+from annformer.data.store_writer import write_store
+from annformer.errors import InputError
+from annformer.train.config import Machine, PretrainConfig
+from annformer.train.estimate import Estimate, estimate
+from annformer.train.pretrain import new_model
+
+RECIPE = {
+    "model": {"width": 16, "n_heads": 2, "n_layers": 1, "ff_width": 16},
+    "train": {"epochs": 3, "tokens_per_step": 4096, "tokens_per_forward": 2048, "hold_out": {"share": 0.2}},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tiny_adata, tmp_path_factory) -> StoreSource:  # type: ignore[no-untyped-def]
+    folder: Path = tmp_path_factory.mktemp("estimate")
+    tiny_adata(100).write_h5ad(folder / "cells.h5ad")
+    write_store([str(folder / "cells.h5ad")], folder / "store")
+    return StoreSource(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def config() -> PretrainConfig:
+    return PretrainConfig.read(RECIPE, where="test")
+
+
+def test_numbers_are_those_of_the_run(store: StoreSource, config: PretrainConfig) -> None:
+    made = estimate(store, config, Machine(accelerator="cpu"), price_per_hour=2.0)
+    model = new_model(store.vocab, config)
+    assert made.n_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (made.n_cells, made.n_held_out) == (80, 20)
+    assert made.turns == 2
+    assert made.n_steps == 3 * made.steps_per_epoch
+    # every gene of a training cell is a token, and its <cls>
+    total = int(store.lengths.sum()) + 100
+    assert 0.6 * total < made.tokens_per_epoch < total
+    assert 0 < made.mfu < 1
+    assert made.seconds_per_epoch > 0
+
+
+def test_twice_the_devices_take_half_the_time(store: StoreSource, config: PretrainConfig) -> None:
+    made = estimate(store, config, Machine(accelerator="cpu", devices=2))
+    assert made.n_devices == 2
+    assert made.turns == 1
+
+
+def test_lines_say_time_and_cost() -> None:
+    made = Estimate(
+        n_parameters=51_000_000,
+        n_gene_parameters=31_000_000,
+        n_cells=33_000_000,
+        n_held_out=1000,
+        tokens_per_epoch=10**10,
+        steps_per_epoch=1000,
+        n_steps=6000,
+        turns=1,
+        flops_per_epoch=8.6e18,
+        device="H100",
+        seconds_per_epoch=7200.0,
+        mfu=0.4,
+        working_bytes=4 * 10**9,
+        n_devices=8,
+        price_per_hour=2.5,
+        epochs=6,
+    )
+    text = "\n".join(made.lines())
+    assert "12.0 h in all" in text
+    assert "40.00 an epoch, 240.00 in all" in text
+    assert "0.8 GB for parameters and optimizer" in text
+    assert "8 x H100" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(store: StoreSource, config: PretrainConfig) -> None:
+    with pytest.raises(InputError, match="no GPU"):
+        estimate(store, config, Machine(accelerator="cuda"))
