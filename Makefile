@@ -58,6 +58,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/attention.py
 	@test -n "$(CELLS)" || echo "make bench CELLS=FILE.h5ad (counts, gene symbols) also measures embedding and training"
 	test -z "$(CELLS)" || $(BIN)/python benchmarks/embedding.py "$(CELLS)"
 	test -z "$(CELLS)" || $(BIN)/python benchmarks/training.py "$(CELLS)" --memory

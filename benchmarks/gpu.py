@@ -32,7 +32,7 @@ from annformer.scgpt import ModelFolderConfig
 from annformer.tokens import TokenBatch
 from annformer.train.flops import batch_flops, peak_flops, step_flops
 
-PUBLISHED = 842  # cells/s of 1,024 genes, one H100, bf16, 51 M parameters; 19 % by the count used here
+PUBLISHED = 842  # cells/s of 1,024 genes, one H100, bf16, 51 M parameters
 AIM = 1_700  # on an H200
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 

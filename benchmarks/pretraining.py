@@ -34,7 +34,7 @@ TITLES = {
     "clusters_by_nmi": "Cell types without labels: AvgBIO at the resolution that the labels choose",
     "clusters_parts": "Cell types without labels: mean over the sets of the parts of AvgBIO",
     "fewshot": "Cell types from a few labelled cells: macro-F1",
-    "fewshot_difference": "Cell types from a few labelled cells: pretrained less the others, macro-F1",
+    "fewshot_difference": "Cell types from a few labelled cells: the model less the others, macro-F1",
     "genes": "Gene families: median rank of the other members among all genes",
 }
 """Tables that are printed; the others are only written."""

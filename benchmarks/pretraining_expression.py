@@ -31,7 +31,7 @@ from pretraining_cells import (
 
 SHARES = (0.25, 0.5, 0.75)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
-SMOOTHINGS = (0.0, 3.0, 10.0, 30.0)
+SMOOTHINGS = (0.0, 3.0, 10.0, 30.0, 100.0)
 RANK = 64
 CELLS_PER_FORWARD = 8
 N_DRAWS = 1_000

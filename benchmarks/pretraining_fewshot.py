@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,12 +27,13 @@ from pretraining_clusters import log_normalised, random_network
 
 SETS = ("zheng_sorted_mudan", "pbmc3k", "kang_ifnb_pbmc", "sc_mixology_lung_cell_lines")
 PRETRAINED, SCRATCH, LOGISTIC = "pretrained", "from scratch", "logistic regression"
+FROZEN, FROZEN_RANDOM = "pretrained, frozen", "random, frozen"
 MAX_LENGTH = 150
 """Tokens of a cell in a training step, drawn anew in each."""
 MAX_LENGTH_TEST = 400
 CELLS_PER_STEP = 16
 N_STEPS = 100
-RATES = (3e-4, 1e-3)
+RATES = (1e-3, 3e-3)
 WARM_UP = 0.1
 DROPOUT = 0.0
 WEIGHT_DECAY = 0.01
@@ -50,7 +52,8 @@ class Task(NamedTuple):
     """A labelled set, cut once into a pool that labelled cells are drawn from and test cells that nothing is chosen on."""
 
     cells: CellBatch
-    expression: np.ndarray
+    features: dict[str, Any]
+    """What logistic regressions read, by method: expression, and the cell states of networks that are not trained on."""
     labels: np.ndarray
     types: tuple[str, ...]
     pool: np.ndarray
@@ -70,8 +73,9 @@ def read_task(adata: AnnData, model: af.ScGPT, *, seed: int) -> Task:
     types, labels = np.unique(adata.obs[LABEL_KEY].astype(str), return_inverse=True)
     order = np.random.default_rng(seed).permutation(adata.n_obs)
     n_pool = min(POOL, adata.n_obs * 3 // 4)
-    expression = log_normalised(adata).X
-    return Task(whole(adata, model), expression, labels, tuple(types), order[:n_pool], order[n_pool : n_pool + TEST])
+    task = Task(whole(adata, model), {LOGISTIC: log_normalised(adata).X}, labels, tuple(types), order[:n_pool], order[n_pool:][:TEST])
+    networks = {FROZEN: model, FROZEN_RANDOM: random_network(model, seed)}
+    return task._replace(features=task.features | {name: states(network, task) for name, network in networks.items()})
 
 
 def tokens_of(task: Task, model: af.ScGPT, rows: np.ndarray, settings: TokenizerSettings, *, step: int = 0) -> TokenBatch:
@@ -110,6 +114,19 @@ def fine_tune(model: af.ScGPT, task: Task, rows: np.ndarray, *, rate: float, n_s
     return tuned.eval()
 
 
+def states(model: af.ScGPT, task: Task) -> np.ndarray:
+    """Cell states of pool and test cells; cells that are neither stay zero."""
+    one_thread()
+    rows = np.concatenate([task.pool, task.test])
+    found = np.zeros((len(task.labels), model.config.model.width), dtype=np.float32)
+    settings = model.tokenizer.with_(max_length=min(MAX_LENGTH_TEST, model.tokenizer.max_length))
+    with torch.inference_mode():
+        for first in range(0, len(rows), 8):
+            some = rows[first : first + 8]
+            found[some] = model.encode(tokens_of(task, model, some, settings), "cell").cell.numpy()
+    return found
+
+
 def predict(model: af.ScGPT, task: Task, rows: np.ndarray) -> np.ndarray:
     """Codes of the types."""
     head = model.objectives["cls"]
@@ -128,19 +145,23 @@ def methods(model: af.ScGPT, task: Task, *, n_steps: int, seed: int) -> dict[str
             fine_tune(start(of), task, rows, rate=rate, n_steps=n_steps, seed=seed + of), task, asked
         )
 
-    def logistic(setting: str, rows: np.ndarray, of: int, asked: np.ndarray) -> np.ndarray:  # noqa: ARG001  (it draws nothing)
-        strength, _, scaled = setting.partition(" ")
-        scaler = StandardScaler(with_mean=False) if scaled else "passthrough"
-        classifier = make_pipeline(scaler, LogisticRegression(C=float(strength), max_iter=200))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest penalties need not converge to be judged
-            return classifier.fit(task.expression[rows], task.labels[rows]).predict(task.expression[asked])
+    def logistic(name: str) -> Method:
+        return lambda setting, rows, of, asked: _logistic(task.features[name], task.labels, setting, rows, asked)  # noqa: ARG005
 
     return {
         PRETRAINED: (tuned(lambda _: model), RATES),
         SCRATCH: (tuned(lambda of: random_network(model, seed + of)), RATES),
-        LOGISTIC: (logistic, STRENGTHS),
+        **{name: (logistic(name), STRENGTHS) for name in task.features},
     }
+
+
+def _logistic(features: Any, labels: np.ndarray, setting: str, rows: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    strength, _, scaled = setting.partition(" ")
+    scaler = StandardScaler(with_mean=not issparse(features)) if scaled else "passthrough"
+    classifier = make_pipeline(scaler, LogisticRegression(C=float(strength), max_iter=200))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest penalties need not converge to be judged
+        return classifier.fit(features[rows], labels[rows]).predict(features[asked])
 
 
 def choose(model: af.ScGPT, task: Task, n: int, *, n_steps: int, seed: int) -> dict[str, Any]:
@@ -205,7 +226,8 @@ def tables(
         " and training, random weights.",
         f"Fine-tuning of all weights: CLS objective, AdamW, {n_steps} steps of {CELLS_PER_STEP} cells with at most {MAX_LENGTH} tokens (of"
         f" test cells {MAX_LENGTH_TEST}), weight decay {WEIGHT_DECAY:g}, dropout {DROPOUT:g}, warm-up {WARM_UP:.0%}, then linear decay.",
-        "Logistic regression: log-normalised expression of all genes of the set, scaled or not.",
+        "Logistic regression: log-normalised expression of all genes of the set, scaled or not. Frozen: logistic regression on the cell"
+        " states of the pretrained, or of a random network, which is not trained further.",
         f"Rate, inverse penalty and scaling, chosen on pool cells of {first} for all sets: {'; '.join(settings)}.",
         "Intervals: 95 %, bootstrap over test cells within their types; of the mean, over sets and cells.",
     ]
@@ -216,10 +238,12 @@ def _differences(scores: pd.DataFrame, draws: Mapping[str, Mapping[str, np.ndarr
     """Pretrained less each other method: a row per set, and one for their mean."""
     mean = scores.pivot_table("macro_f1", "set", "method", sort=False)
     rows: list[dict[str, object]] = [{"labelled": n, "set": name} for name in [*draws, "mean of sets"]]
-    for other in (SCRATCH, LOGISTIC):
-        each = {name: of[PRETRAINED] - of[other] for name, of in draws.items()}
-        found = [*(mean[PRETRAINED] - mean[other]).loc[list(draws)], (mean[PRETRAINED] - mean[other]).mean()]
+    pairs = {"fine-tuned: less from scratch": (PRETRAINED, SCRATCH), "fine-tuned: less logistic": (PRETRAINED, LOGISTIC)}
+    pairs |= {"frozen: less random": (FROZEN, FROZEN_RANDOM), "frozen: less logistic": (FROZEN, LOGISTIC)}
+    for title, (ours, other) in pairs.items():
+        each = {name: of[ours] - of[other] for name, of in draws.items()}
+        found = [*(mean[ours] - mean[other]).loc[list(draws)], (mean[ours] - mean[other]).mean()]
         for row, value, drawn in zip(rows, found, [*each.values(), resampled_mean(each, seed=seed)], strict=True):
             low, high = interval(drawn)
-            row[f"less {other}"] = f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {verdict(low, high, even=0, less_is_better=False)}"
+            row[title] = f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {verdict(low, high, even=0, less_is_better=False)}"
     return rows

@@ -14,7 +14,6 @@ import argparse
 import resource
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import anndata
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -31,7 +29,6 @@ import annformer as af
 from _timing import Timing, alternate, cpu_ratio, machine, print_table, ratio
 from annformer.convert import from_authors
 from annformer.masking import ask
-from annformer.model.attention import Layout, attend
 from annformer.scgpt import ModelFolderConfig
 from annformer.tokenizer import tokenize
 from annformer.tokens import TokenBatch
@@ -225,40 +222,6 @@ def _row(took: dict[str, Timing], title: str, slow: str, fast: str) -> list[obje
     return [title, ratio(took[slow], took[fast]), cpu_ratio(took[slow], took[fast]), took[fast].spread]
 
 
-def attention_table(options: argparse.Namespace) -> None:
-    """Attention alone, forward and backward: the visible/asked rule as ours computes it against a boolean mask over all pairs."""
-    n, heads, depth, shares = options.max_length, 4, 32, (0.25, 0.5, 0.75)
-    inputs = [torch.randn(options.cells * n, heads, depth, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(inputs[0].shape)
-    rows = []
-    for share in shares:
-        visible = int(n * share)
-        lengths, seen = [n] * options.cells, [visible] * options.cells
-        layout = Layout(lengths, seen, None, lengths, seen, (torch.arange(options.cells * n) % n) >= visible, None)
-        mask = (torch.arange(n) < visible) | torch.eye(n, dtype=torch.bool)
-        ways = {"mask": partial(_masked, mask=mask, n_cells=options.cells), "ours": partial(attend, layout=layout)}
-        outputs = [way(*inputs).detach() for way in ways.values()]
-        difference = float((outputs[0] - outputs[1]).abs().max())
-        if not difference <= LOSS_TOLERANCE:
-            msg = f"the attentions differ by {difference:.1e}: no ratio is printed"
-            raise SystemExit(msg)
-        took = alternate({name: partial(_back_and_forth, way, inputs, upstream) for name, way in ways.items()}, n=options.rounds)
-        found = cpu_ratio(took["mask"], took["ours"])
-        bar = {0.5: 1.5}.get(share)
-        rows.append([share, took["mask"].cpu_seconds, took["ours"].cpu_seconds, found, bar or "", "" if bar is None else found >= bar])
-    title = f"Attention forward and backward, {options.cells} cells of {n} tokens, {heads} heads of {depth}"
-    print_table(title, ["visible", "full mask, CPU-s", "ours, CPU-s", "ratio", "bar", "met"], rows)
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, n_cells: int) -> Tensor:
-    q, k, v = (x.unflatten(0, (n_cells, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
-
-
-def _back_and_forth(way: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, _round: int) -> None:
-    torch.autograd.grad(way(*inputs), inputs, upstream)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prove, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -278,7 +241,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"The imitation of the original reproduces its golden data to {proved:.0e}. {machine()}, {options.threads} threads.")
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    attention_table(options)
     adata = anndata.read_h5ad(options.cells_file)
     for name in options.sizes:
         table(name, adata, options)

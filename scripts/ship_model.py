@@ -25,17 +25,19 @@ LICENCE = (
 )
 GOOD_FOR = (
     "trying annformer on a laptop, without a download: embeddings, gene embeddings, a start for fine-tuning",
-    "human cells measured by droplet methods, blood and tumours best, because most of the corpus is that",
+    "human cells like those of the corpus, most of which are blood and lung tumours; how well it does on others stands in the evaluation",
 )
 NOT_GOOD_FOR = (
-    "atlases: the corpus has some thousand cells of few tissues; a model pretrained on millions (`scgpt-human`) knows far more",
+    "atlases: the corpus has 17,000 cells of few tissues; the published models were pretrained on millions",
     "conclusions from its embedding alone where PCA of the same cells says otherwise: see the evaluation",
     "species other than human, and genes that are marked untrained (`untrained_genes` in config.json), which it does not read",
 )
 LIMITS = (
     "zero counts are not read: the network sees expressed genes only",
     "no correction of batches: cells of different studies differ in the embedding by technique as well",
-    "what stands in the evaluation was measured on small public sets, blood above all",
+    "what stands in the evaluation was measured on small public sets, blood above all; those named zheng_* are of the study that "
+    "pbmc_frozenA_mudan is from, other cells, but maybe of the same donor",
+    "one run with one seed",
 )
 
 

@@ -235,7 +235,10 @@ def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch,
     assert (expression["ties"] < expression["gene mean"]).all()
     found = pd.read_csv(held_out / "out" / "clusters.csv").set_index("set")
     assert {"model", "random network", "PCA 50, all genes"} <= set(found.columns)
-    assert set(pd.read_csv(held_out / "out" / "fewshot_all.csv")["method"]) == {"pretrained", "from scratch", "logistic regression"}
+    assert set(pd.read_csv(held_out / "out" / "fewshot_all.csv")["method"]) == {
+        *("pretrained", "from scratch", "logistic regression"),
+        *("pretrained, frozen", "random, frozen"),
+    }
 
 
 def test_pretraining_never_chooses_on_test_cells(script, held_out, monkeypatch) -> None:

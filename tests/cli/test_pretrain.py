@@ -48,7 +48,7 @@ def test_a_plan_says_what_it_would_take_and_writes_nothing(tiny_store, folder, c
     before = sorted(folder.rglob("*"))
     assert main(["pretrain", str(tiny_store), "--recipe", "small.yaml", "--plan", "--price_per_hour", "2.5"]) == 0
     out = capsys.readouterr().out
-    for word in ("parameters", "4 steps", "memory", "an epoch", "2.5 per device and hour"):
+    for word in ("parameters", "3 steps", "memory", "an epoch", "2.5 per device and hour"):
         assert word in out, out
     assert sorted(folder.rglob("*")) == before
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 
 from annformer.errors import InputError
-from annformer.train.config import PretrainConfig
+from annformer.train.config import Machine, PretrainConfig
 
 RECIPES = sorted((path for path in (files("annformer") / "recipes").iterdir() if path.name.startswith("pretrain-")), key=lambda p: p.name)
 
@@ -49,3 +49,10 @@ def test_a_wrong_recipe_is_refused_by_name(text, named):
     with pytest.raises(InputError, match=r"recipe\.yaml") as error:
         PretrainConfig.from_yaml(text, where="recipe.yaml")
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("devices", [0, -1, "all"])
+def test_devices_are_one_at_least_or_all_there_are(devices):
+    with pytest.raises(InputError, match="devices"):
+        Machine.read({"devices": devices}, where="the command")
+    assert Machine.read({"devices": 2}, where="the command").devices == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from annformer.data.store_writer import write_store
 from annformer.errors import InputError
 from annformer.train.config import Machine, PretrainConfig
 from annformer.train.estimate import Estimate, estimate
-from annformer.train.pretrain import new_model
+from annformer.train.pretrain import new_model, prepare_data
 
 RECIPE = {
     "model": {"width": 16, "n_heads": 2, "n_layers": 1, "ff_width": 16},
@@ -40,6 +41,7 @@ def test_numbers_are_those_of_the_run(store: StoreSource, config: PretrainConfig
     assert (made.n_cells, made.n_held_out) == (80, 20)
     assert made.turns == 2
     assert made.n_steps == 3 * made.steps_per_epoch
+    assert made.n_steps == prepare_data(store, store.vocab, config).n_steps
     # every gene of a training cell is a token, and its <cls>
     total = int(store.lengths.sum()) + 100
     assert 0.6 * total < made.tokens_per_epoch < total
@@ -47,10 +49,26 @@ def test_numbers_are_those_of_the_run(store: StoreSource, config: PretrainConfig
     assert made.seconds_per_epoch > 0
 
 
-def test_twice_the_devices_take_half_the_time(store: StoreSource, config: PretrainConfig) -> None:
-    made = estimate(store, config, Machine(accelerator="cpu", devices=2))
-    assert made.n_devices == 2
+def test_genes_that_will_not_be_read_are_not_counted(store: StoreSource) -> None:
+    batch = store.rows(np.arange(store.n_obs))
+    often = int(np.median(np.bincount(batch.counts.indices)))
+    config = PretrainConfig.read(RECIPE | {"min_cells": often // 2}, where="test")
+    made, data = estimate(store, config, Machine(accelerator="cpu")), prepare_data(store, store.vocab, config)
+    assert data.vocab.untrained
+    assert made.n_steps == data.n_steps
+    assert made.tokens_per_epoch == data.plan.tokens_until(data.plan.steps_per_epoch)
+    every = PretrainConfig.read(RECIPE | {"min_cells": 0}, where="test")
+    assert made.tokens_per_epoch < estimate(store, every, Machine(accelerator="cpu")).tokens_per_epoch
+
+
+def test_processes_of_a_cpu_share_turns_and_cores(store: StoreSource, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # which a run on the CPU leaves alone
+    assert estimate(store, config, Machine(accelerator="cpu")).n_devices == 1
+    made = estimate(store, config, Machine(accelerator="cpu", devices=2, nodes=3))
+    assert (made.n_devices, made.n_apart) == (6, 3)
     assert made.turns == 1
+    assert "6 x process" in "\n".join(made.lines())
+    assert "sharing its cores: as fast as 3" in "\n".join(made.lines())
 
 
 def test_lines_say_time_and_cost() -> None:
@@ -69,6 +87,7 @@ def test_lines_say_time_and_cost() -> None:
         mfu=0.4,
         working_bytes=4 * 10**9,
         n_devices=8,
+        n_apart=8,
         price_per_hour=2.5,
         epochs=6,
     )
@@ -81,5 +100,5 @@ def test_lines_say_time_and_cost() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(store: StoreSource, config: PretrainConfig) -> None:
-    with pytest.raises(InputError, match="no GPU"):
+    with pytest.raises(InputError, match="torch sees none"):
         estimate(store, config, Machine(accelerator="cuda"))

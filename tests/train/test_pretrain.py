@@ -17,6 +17,7 @@ from annformer.data.anndata import AnnDataSource
 from annformer.data.store import StoreSource
 from annformer.errors import InputError
 from annformer.scgpt import ScGPT
+from annformer.train import pretrain as pretrain_module
 from annformer.train import progress
 from annformer.train.config import PretrainConfig
 from annformer.train.pretrain import held_out_errors, new_model, prepare_data, pretrain, start
@@ -133,14 +134,87 @@ def test_gene_mean_error_is_that_of_the_training_cells_means(planted, vocab):
     data = prepare_data(planted, vocab, config)
     seen = data.training_tokens(10_000)
     total = n = 0.0
-    overall = float(seen.values.mean())
+    genes = torch.ones(seen.n_tokens, dtype=torch.bool)
+    genes[seen.offsets[:-1]] = False  # what stands first is <cls>
+    overall = float(seen.values[genes].mean())
     for tokens in data.validation_batches():
         for gene, target in zip(tokens.gene_ids.tolist(), tokens.targets.tolist(), strict=True):
             if not np.isnan(target):
                 met = seen.values[seen.gene_ids == gene]
                 total += (float((met.sum() + 3 * overall) / (len(met) + 3)) - target) ** 2
                 n += 1
-    assert held_out_errors(new_model(data.vocab, config), data)["gene mean"] == pytest.approx(total / n, rel=0.02)
+    assert held_out_errors(new_model(data.vocab, config), data)["gene mean"] == pytest.approx(total / n, rel=1e-5)
+
+
+def test_predictions_that_are_not_numbers_are_no_perfect_ones(planted, vocab):
+    data = prepare_data(planted, vocab, recipe())
+    model = new_model(data.vocab, recipe())
+    torch.nn.init.constant_(model.objectives["gep"].value[-1].bias, torch.nan)
+    errors = held_out_errors(model, data)
+    assert np.isnan(errors["gep"])
+    assert errors["gepc"] > 0
+    assert errors["gene mean"] > 0
+
+
+def test_ranks_look_at_their_shares_and_get_the_errors_of_all(planted, vocab, monkeypatch):
+    data = prepare_data(planted, vocab, recipe())
+    model = new_model(data.vocab, recipe())
+    whole = held_out_errors(model, data)
+    shares = []
+    monkeypatch.setattr(pretrain_module, "n_ranks", lambda: 2)
+    monkeypatch.setattr(pretrain_module, "of_all_ranks", lambda share: (shares.append(share), shares)[1])
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        errors = held_out_errors(model, data)
+    assert 0 < shares[0][1] < shares[0][1] + shares[1][1]
+    assert errors == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_first_prediction_is_the_mean_of_what_is_asked_zeros_too(planted, vocab):
+    config = PretrainConfig.read(recipe().model_dump(mode="json") | {"tokenizer": {"zeros": "all"}}, where="test")
+    data = prepare_data(planted, vocab, config)
+    model = new_model(data.vocab, config)
+    start(model, data, config)
+    seen = data.training_tokens(512)
+    genes = seen.gene_ids != vocab.cls_id
+    assert (seen.values[genes] == 0).any()
+    assert model.objectives["gep"].value[-1].bias.item() == pytest.approx(float(seen.values[genes].mean()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def poor(tiny_vocab) -> AnnDataSource:
+    """120 cells of 12 genes; half of them also of a few genes that hardly any other cell has."""
+    rng = np.random.default_rng(3)
+    counts = np.zeros((120, N_GENES))
+    counts[:, :12] = 1 + rng.poisson(3, (120, 12))
+    some = np.arange(120) % 2 == 0
+    counts[some, 12 + rng.integers(N_GENES - 12, size=60)] = 2
+    counts[~some, 0] = 0
+    adata = ad.AnnData(sp.csr_matrix(counts, dtype=np.float32), var=pd.DataFrame(index=list(tiny_vocab.genes[:N_GENES])))
+    adata.obs["study"] = np.where(rng.random(120) < 0.3, "small", "large")
+    return AnnDataSource(adata)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_cells_were_not_counted_whatever_cells_have_enough_genes(poor, vocab, seed):
+    made = recipe(min_genes=12, seed=seed).model_dump(mode="json")
+    before, after = (prepare_data(poor, vocab, PretrainConfig.read(made | {"min_cells": n}, where="test")) for n in (0, 20))
+    assert after.vocab.untrained
+    assert not set(after.validation_rows) & set(before.training_rows)
+    batch = next(iter(poor.batches(120, vocab=vocab)))
+    met = np.bincount(batch.gene_ids[batch.counts[after.training_rows].indices], minlength=len(vocab))
+    learned = after.vocab.is_trained & after.vocab.is_gene
+    assert (met[learned] >= 20).all()
+
+
+def test_a_group_that_is_left_out_is_not_trained_on(poor, vocab):
+    config = recipe(balance={"column": "study", "factors": {"small": 0}})
+    data = prepare_data(poor, vocab, config)
+    whole = prepare_data(poor, vocab, recipe(balance={"column": "study", "factors": {"small": 1}}))
+    codes, small = data.cells.codes("study"), data.cells.categories("study").index("small")
+    assert 0 < len(data.training_rows) < len(whole.training_rows)
+    assert data.training_rows.tolist() == [row for row in whole.training_rows if codes[row] != small]
+    assert data.plan.cells_per_epoch == len(data.training_rows)
 
 
 def test_a_refused_start_leaves_nothing(planted, vocab, tmp_path):

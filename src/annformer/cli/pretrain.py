@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,8 @@ def command(
     overwrite
         Begin anew where OUT holds a run.
     """
+    config = read_recipe(recipe, set or ())  # before the heavy imports: a misspelt setting is answered at once
+
     from annformer.data.store import StoreSource
     from annformer.train.config import Machine
     from annformer.train.folder import is_first_rank
@@ -75,7 +77,6 @@ def command(
     if not is_first_rank():
         logging.getLogger("annformer").setLevel(logging.WARNING)
     source = StoreSource(store)
-    config = read_recipe(recipe, set or ())
     machine = Machine(accelerator=accelerator, devices=devices, nodes=nodes, strategy=strategy, loggers=tuple(logger or ("csv",)))
     if plan:
         from annformer.train.estimate import estimate
@@ -102,8 +103,6 @@ def read_recipe(recipe: str, changes: Sequence[str]) -> PretrainConfig:
     """
     from importlib.resources import files
 
-    import yaml
-
     from annformer.train.config import PretrainConfig
 
     path = Path(recipe)
@@ -118,11 +117,13 @@ def read_recipe(recipe: str, changes: Sequence[str]) -> PretrainConfig:
         raise input_error(found, f"a YAML file, or one of {', '.join(shipped)}", "check the spelling")
     values = PretrainConfig.from_yaml(text, where=f"the recipe {recipe}").model_dump(mode="json")
     for change in changes:
-        _apply(values, change, yaml.safe_load)
+        _apply(values, change)
     return PretrainConfig.read(values, where=f"the recipe {recipe} with --set {' '.join(changes)}" if changes else f"the recipe {recipe}")
 
 
-def _apply(values: dict[str, Any], change: str, parse: Callable[[str], Any]) -> None:
+def _apply(values: dict[str, Any], change: str) -> None:
+    import yaml
+
     name, equals, value = change.partition("=")
     *path, last = name.split(".")
     for part in path:
@@ -130,19 +131,19 @@ def _apply(values: dict[str, Any], change: str, parse: Callable[[str], Any]) -> 
             break
         values = values[part]
     else:
-        if equals and path and isinstance(values, dict):
-            values[last] = parse(value)
-            return
+        if equals and isinstance(values, dict):
+            with suppress(yaml.YAMLError):
+                values[last] = yaml.safe_load(value)
+                return
     found = f"--set {change}"
-    raise input_error(found, "SECTION.NAME=VALUE, such as train.epochs=3", "see the recipe.yaml of a run for the names")
+    raise input_error(found, "NAME=VALUE, such as train.epochs=3 or min_cells=5", "see the recipe.yaml of a run for the names")
 
 
 def _summary(out: Path, errors: dict[str, float]) -> str:
     floor = errors["gene mean"]
     ours = ", ".join(f"{name} {value:.1f} ({100 * (value / floor - 1):+.1f} %)" for name, value in errors.items() if name != "gene mean")
-    return (
-        f"held-out squared error in bins²: {ours}, the gene's mean {floor:.1f}\n{out / 'model'} is the model; look at {out / 'curves.png'}"
-    )
+    said = f"held-out squared error in bins²: {ours}, the gene's mean {floor:.1f}\n" if ours else ""
+    return f"{said}{out / 'model'} is the model; look at {out / 'curves.png'}"
 
 
 @contextmanager

@@ -49,8 +49,9 @@ class TrainConfig(Config):
     tokens_per_step: int = Field(8_192, gt=0)
     """Tokens of one update of the weights, over all devices together."""
     tokens_per_forward: int = Field(32_768, gt=0)
-    """Tokens that one device takes at a time, which decides its memory; a step takes as many turns as it needs. Turns change nothing, but
-    for ecs, cce and input_norm "domain", which see the cells of one turn, those of all devices together."""
+    """Tokens that one device takes at a time, which decides its memory; a step takes as many turns as it needs. Turns change nothing but
+    dropout, which is drawn anew for each, and ecs, cce and input_norm "domain", which see the cells of one turn, those of all devices
+    together."""
     max_length: int | None = Field(None, ge=2)
     """Most tokens of a cell in a training step, where less than `tokenizer.max_length`, with which the model is validated and used: cost
     grows faster than length, and the genes are drawn anew in every step."""
@@ -77,8 +78,6 @@ class TrainConfig(Config):
     gene_init: Literal["random", "svd"] = "random"
     """What the rows of the gene table start from: noise, or a singular value decomposition of the training cells."""
     precision: Precision = "32"
-    compile: bool = False
-    """Compile the layers; worth a try on a GPU, not on a CPU (1.03 x)."""
     validations: int = Field(20, ge=0)
     """How often the held-out cells are looked at, evenly over the run, beside once before it."""
     log_steps: int = Field(10, gt=0)
@@ -105,7 +104,7 @@ class Machine(Config):
     """Where a run takes place; changes nothing but its speed (and, between machines, the last digits)."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int | Literal["auto"] = "auto"
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """GPUs, or processes on a CPU, per node; "auto": all GPUs, or one process."""
     nodes: int = Field(1, ge=1)
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -142,7 +141,7 @@ class PretrainConfig(Config):
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
             found = f"{where} is not YAML: {' '.join(str(error).split())}"
-            raise input_error(found, "a recipe as in recipes/", "correct the line that is named") from None
+            raise input_error(found, "a recipe, such as the recipe.yaml of a run", "correct the line that is named") from None
         return cls.read(values or {}, where=where)
 
     def network(self, vocab: GeneVocab) -> ModelConfig:

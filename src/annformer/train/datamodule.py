@@ -99,7 +99,8 @@ class CellDataModule(L.LightningDataModule):
     Attributes
     ----------
     training_rows, validation_rows
-        Rows of the source that are trained on and that are held out; in neither stand cells with too few genes.
+        Rows of the source that are trained on and that are held out; in neither stand cells with too few genes, and in the first no group
+        that `config.balance` leaves out.
     validated_rows
         The held-out cells that a validation looks at.
     plan
@@ -124,6 +125,7 @@ class CellDataModule(L.LightningDataModule):
         self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys)
         self.lengths = self._n_tokens(training_settings(settings, config))
         self.training_rows, self.validation_rows = self._split()
+        self.training_rows, weights = self._weighted(config.balance)
         self.validated_rows = self._validated()
         longest = int(self.lengths[self.training_rows].max())
         for name in ("tokens_per_step", "tokens_per_forward"):
@@ -136,7 +138,7 @@ class CellDataModule(L.LightningDataModule):
             tokens_per_step=config.tokens_per_step,
             epochs=config.epochs,
             seed=config.seed,
-            weights=self._weights(config.balance),
+            weights=weights,
         )
 
     @property
@@ -217,8 +219,9 @@ class CellDataModule(L.LightningDataModule):
                     found = f"{hold_out.column!r} has no group {name!r} to hold out"
                     raise unknown_name(found, name, categories, f"groups of {hold_out.column!r}", "train.hold_out.groups")
             return np.isin(self.cells.codes(hold_out.column)[rows], [categories.index(name) for name in hold_out.groups])
-        order = np.random.default_rng([self.config.seed, _SPLIT]).permutation(len(rows))
-        return order < max(1, round(hold_out.share * len(rows)))
+        # drawn over all cells: which ones are held out does not depend on which others have enough genes
+        order = np.random.default_rng([self.config.seed, _SPLIT]).permutation(self.cells.n_obs)
+        return order[rows] < max(1, round(hold_out.share * self.cells.n_obs))
 
     def _validated(self) -> Int[np.ndarray, "cell"]:
         """Draw cells from every held-out group alike; a group that has too few gives all it has."""
@@ -231,11 +234,16 @@ class CellDataModule(L.LightningDataModule):
             place[members] = np.arange(len(members))
         return np.sort(rows[order[np.argsort(place, kind="stable")[: hold_out.n_cells]]])
 
-    def _weights(self, balance: Balance) -> Float[np.ndarray, "cell"] | None:
+    def _weighted(self, balance: Balance) -> tuple[Int[np.ndarray, "cell"], Float[np.ndarray, "cell"] | None]:
+        """Training rows without the groups that are left out, and how often each is seen in an epoch."""
         if not _balances(balance):
-            return None
+            return self.training_rows, None
         codes = self.cells.codes(balance.column)[self.training_rows]
-        return group_weights(codes, self.cells.categories(balance.column), balance.power, balance.factors)
+        weights = group_weights(codes, self.cells.categories(balance.column), balance.power, balance.factors)
+        seen = weights > 0
+        if seen.all():
+            return self.training_rows, weights
+        return self.training_rows[seen], weights[seen] / weights[seen].mean()
 
     def _require_cells(self, world: int) -> None:
         per_step = self.plan.cells_per_epoch / self.plan.steps_per_epoch

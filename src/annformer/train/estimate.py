@@ -11,12 +11,12 @@ import torch
 
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
-from annformer.errors import input_error
 from annformer.scgpt import ScGPT
 from annformer.train.config import Machine, PretrainConfig
 from annformer.train.datamodule import CellDataModule
+from annformer.train.fit import require_machine
 from annformer.train.flops import PEAK_FLOPS, batch_flops, peak_flops
-from annformer.train.pretrain import new_model
+from annformer.train.pretrain import device_of, new_model, prepare_data
 
 BYTES_PER_PARAMETER: Final = 16
 """Weight, gradient and the two moments of AdamW, in float32."""
@@ -42,11 +42,13 @@ class Estimate:
     flops_per_epoch: float
     device: str
     seconds_per_epoch: float
-    """On as many devices as the run has, if they share the work evenly."""
+    """On all that the run has, if they share the work evenly."""
     mfu: float
     working_bytes: int
     """Activations and whatever else the measured steps took beyond the parameters' own."""
     n_devices: int
+    n_apart: int
+    """Devices that compute at the same time: GPUs, or the nodes of a run on CPUs, where the processes of a node share its cores."""
     price_per_hour: float | None
     epochs: float
 
@@ -57,6 +59,9 @@ class Estimate:
         operations = f"{self.flops_per_epoch:.3g} floating point operations"
         state = _gigabytes(self.n_parameters * BYTES_PER_PARAMETER)
         where = f"{self.n_devices} x {self.device} (measured: {_STEPS} steps, MFU {self.mfu:.0%})"
+        shared = self.n_apart < self.n_devices
+        if shared:
+            where += f", the processes of a node sharing its cores: as fast as {self.n_apart}"
         lines = [
             f"network        {self.n_parameters:,} parameters, {self.n_gene_parameters:,} of them rows of genes",
             f"cells          {self.n_cells:,} to train on, {self.n_held_out:,} held out",
@@ -67,8 +72,8 @@ class Estimate:
             f"time           {_hours(self.seconds_per_epoch)} an epoch, {_hours(whole)} in all, on {where}",
         ]
         if self.price_per_hour is not None:
-            per_epoch = self.seconds_per_epoch / 3600 * self.price_per_hour * self.n_devices
-            rate = f"at {self.price_per_hour:g} per device and hour"
+            per_epoch = self.seconds_per_epoch / 3600 * self.price_per_hour * self.n_apart
+            rate = f"at {self.price_per_hour:g} per {'node' if shared else 'device'} and hour"
             lines.append(f"cost           {per_epoch:,.2f} an epoch, {per_epoch * self.epochs:,.2f} in all, {rate}")
         lines += ["by arithmetic, not measured:"]
         for gpu in _GPUS:
@@ -85,12 +90,14 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
     InputError
         When `machine` asks for a GPU and there is none.
     """
-    device = _device(machine)
-    vocab = source.vocab if isinstance(source, StoreSource) else None
-    assert vocab is not None, "estimates are made for stores"
-    data = CellDataModule(source, vocab, config.tokenizer, config.train)
-    model = new_model(vocab, config).to(device)
-    n_devices = machine.nodes * (machine.devices if isinstance(machine.devices, int) else max(1, torch.cuda.device_count()))
+    require_machine(machine)
+    device = device_of(machine)
+    assert isinstance(source, StoreSource), "estimates are made for stores"
+    data = prepare_data(source, source.vocab, config)
+    model = new_model(data.vocab, config).to(device)
+    of_node = torch.cuda.device_count() if device.type == "cuda" else 1
+    n_devices = machine.nodes * (of_node if machine.devices == "auto" else machine.devices)
+    n_apart = n_devices if device.type == "cuda" else machine.nodes
     seconds, working, flops, tokens = _measure(model, data, device, n_devices)
     plan = data.plan
     whole_epoch = min(plan.steps_per_epoch, plan.n_steps)
@@ -106,10 +113,11 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
         turns=len(data.step_batches(0, 0, n_devices)),
         flops_per_epoch=flops / tokens * tokens_per_epoch,
         device=torch.cuda.get_device_name() if device.type == "cuda" else _threads(torch.get_num_threads()),
-        seconds_per_epoch=seconds / tokens * tokens_per_epoch / n_devices,
+        seconds_per_epoch=seconds / tokens * tokens_per_epoch / n_apart,
         mfu=flops / seconds / peak_flops(device, config.train.precision),
         working_bytes=working,
         n_devices=n_devices,
+        n_apart=n_apart,
         price_per_hour=price_per_hour,
         epochs=config.train.epochs,
     )
@@ -142,13 +150,6 @@ def _measure(model: ScGPT, data: CellDataModule, device: torch.device, world: in
 
 def _bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def _device(machine: Machine) -> torch.device:
-    if machine.accelerator == "cuda" and not torch.cuda.is_available():
-        found = "--accelerator cuda, and torch sees no GPU"
-        raise input_error(found, "an NVIDIA GPU and a build of torch for it", "leave --accelerator out, or install torch for CUDA")
-    return torch.device("cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu")
 
 
 def _threads(n: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from annformer.train import checkpoint
 from annformer.train.config import PretrainConfig
 from annformer.train.curves import draw_curves
 from annformer.train.log import FILE as LOG
+from annformer.vocab import GeneVocab
 
 FORMAT = 1
 _PATIENCE = 3.0
@@ -40,10 +42,11 @@ MAY_CHANGE = tuple(
     f"train.{name}"
     for name in (
         *("validations", "hold_out.n_cells", "log_steps", "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
-        *("workers", "tokens_per_forward", "compile"),
+        "workers",
     )
 )
-"""Settings that do not decide what is learned, so that another machine may go on with a run."""
+"""Settings that do not decide what is learned, so that another machine may go on with a run. `tokens_per_forward` does: it cuts a step into
+turns, each with dropout of its own, and some objectives see the cells of one turn."""
 
 
 class RunFolder:
@@ -57,12 +60,14 @@ class RunFolder:
         The recipe.
     source
         The cells.
+    vocab
+        The tokens, whose place decides which row of the weights a gene has.
     """
 
-    def __init__(self, path: Path, config: PretrainConfig, source: CellSource) -> None:
+    def __init__(self, path: Path, config: PretrainConfig, source: CellSource, vocab: GeneVocab) -> None:
         self.path = path
         self.config = config
-        self.cells = _cells(source)
+        self.cells = _cells(source, vocab)
 
     def check(self, *, overwrite: bool = False) -> None:
         """See that there is nothing, or this very run, unfinished; or any run, if it is to be overwritten. Writes nothing.
@@ -130,6 +135,7 @@ class RunFolder:
 
     def _require_same(self, before: dict[str, Any]) -> None:
         recipe = json.loads(self.config.model_dump_json())
+        before["cells"].setdefault("vocab", self.cells["vocab"])  # a run from before it was noted
         changes = _changes(before["recipe"], recipe, "") + _changes(before["cells"], self.cells, "cells.")
         changes = [line for line in changes if line.partition(":")[0] not in MAY_CHANGE]
         if changes:
@@ -179,12 +185,13 @@ def _hold(path: Path) -> int:
             time.sleep(0.5)
 
 
-def _cells(source: CellSource) -> dict[str, Any]:
+def _cells(source: CellSource, vocab: GeneVocab) -> dict[str, Any]:
+    known = {"n": source.n_obs, "vocab": hashlib.sha256("\n".join(vocab.tokens).encode()).hexdigest()}
     if isinstance(source, StoreSource):
         manifest = source.manifest
         measured = None if manifest.measured is None else manifest.measured.sha256
-        return {"n": source.n_obs, "shards": [shard.sha256 for shard in manifest.shards], "measured": measured}
-    return {"n": source.n_obs}
+        return known | {"shards": [shard.sha256 for shard in manifest.shards], "measured": measured}
+    return known
 
 
 def _changes(before: Any, now: Any, where: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 import annformer
@@ -21,6 +21,7 @@ from annformer.baselines import gene_means
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
 from annformer.inference import evaluating
+from annformer.model.ranks import n_ranks
 from annformer.objectives.gep import GEP
 from annformer.objectives.gepc import GEPC
 from annformer.scgpt import ModelFolderConfig, ScGPT
@@ -33,7 +34,7 @@ from annformer.train.folder import RunFolder, is_first_on_node, is_first_rank
 from annformer.train.gene_init import co_expression, settle_untrained, start_genes_at
 from annformer.train.log import require_loggers
 from annformer.train.plan import TrainingPlan
-from annformer.train.ranks import on_first_rank
+from annformer.train.ranks import of_all_ranks, on_first_rank
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def pretrain(
     machine = machine or Machine()
     require_machine(machine)
     require_loggers(machine.loggers)
-    run = RunFolder(Path(folder), config, source)
+    run = RunFolder(Path(folder), config, source, vocab)
     run.check(overwrite=overwrite)
     if isinstance(source, StoreSource) and is_first_on_node():
         source.verify(progress)
@@ -107,7 +108,7 @@ def pretrain(
     model = new_model(data.vocab, config)
     with run.held(overwrite=overwrite):
         history = _fit(model, data, config, run.path, machine, resume=not overwrite)
-        return on_first_rank(lambda: _finish(run, data, history, name, source))
+        return _finish(run, data, history, name, source, device_of(machine))
 
 
 def _fit(model: ScGPT, data: CellDataModule, config: PretrainConfig, folder: Path, machine: Machine, *, resume: bool) -> pd.DataFrame:
@@ -123,32 +124,52 @@ def _fit(model: ScGPT, data: CellDataModule, config: PretrainConfig, folder: Pat
     return fit(TrainingPlan(model, config.train, data.n_steps), data, folder, machine, resume=resume)
 
 
-def _finish(run: RunFolder, data: CellDataModule, history: pd.DataFrame, name: str, source: CellSource) -> Pretrained:
+def _finish(run: RunFolder, data: CellDataModule, history: pd.DataFrame, name: str, source: CellSource, device: torch.device) -> Pretrained:
+    """Measure the model, all ranks together, and let the first one write it."""
     model = finished_model(run.path, data.vocab, run.config)
-    errors = held_out_errors(model, data)
+    errors = held_out_errors(model.to(device), data)
+    model = model.to("cpu")
     model.config = model.config.with_(provenance={"name": name, **_provenance(run.config, data, errors, source)})
-    if is_first_rank():
-        run.finish(model, history)
+    on_first_rank(lambda: run.finish(model, history) if is_first_rank() else None)
     return Pretrained(model, history, data.validation_rows, errors)
 
 
 def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
-    """Split the cells, and mark the genes that too few training cells express as untrained: they are not read at all."""
+    """Split the cells, and mark the genes that too few training cells express as untrained: they are not read at all.
+
+    Cells that without those genes have too few are left out, and the genes are counted again.
+    """
     data = CellDataModule(source, vocab, config.tokenizer, config.train)
+    while True:
+        rare = _rare_genes(data, config.min_cells)
+        if rare <= data.vocab.untrained:
+            break
+        rows = data.training_rows
+        data = CellDataModule(source, GeneVocab(vocab.tokens, rare | vocab.untrained), config.tokenizer, config.train)
+        if np.array_equal(data.training_rows, rows):
+            break
+    if n_new := len(data.vocab.untrained - vocab.untrained):
+        log.info(
+            "%s of %s genes are expressed by fewer than %d training cells: marked untrained",
+            *map("{:,}".format, (n_new, len(vocab.genes))),
+            config.min_cells,
+        )
+    return data
+
+
+def _rare_genes(data: CellDataModule, min_cells: int) -> frozenset[str]:
+    """Genes that fewer than `min_cells` training cells express."""
+    vocab = data.vocab
     met = np.zeros(len(vocab), np.int64)
     for first in range(0, len(data.training_rows), 4096):
         cells = data.cells.rows(data.training_rows[first : first + 4096])
         met[cells.gene_ids] += np.bincount(cells.counts.indices, minlength=len(cells.gene_ids))
-    rare = (met < config.min_cells) & vocab.is_gene
-    if not rare.any():
-        return data
-    log.info(
-        "%s of %s genes are expressed by fewer than %d training cells: marked untrained",
-        *map("{:,}".format, (rare.sum(), len(vocab.genes))),
-        config.min_cells,
-    )
-    learned = GeneVocab(vocab.tokens, untrained=(vocab.tokens[i] for i in np.flatnonzero(rare)))
-    return CellDataModule(source, learned, config.tokenizer, config.train)
+    return frozenset(vocab.tokens[i] for i in np.flatnonzero((met < min_cells) & vocab.is_gene))
+
+
+def device_of(machine: Machine) -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda" if machine.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
@@ -166,13 +187,14 @@ def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
 
 def start(model: ScGPT, data: CellDataModule, config: PretrainConfig) -> None:
     """Start from what can be known without training: the mean value, and which genes go together."""
-    values = data.training_tokens(512).values
+    tokens = data.training_tokens(512)
+    mean = float(tokens.values[_are_genes(tokens)].mean())
     for objective in model.objectives.values():
         if isinstance(objective, GEP) and objective.config.loss == "mse":
             # the first thousand steps would go into learning one number
             last = objective.value[-1]
             assert isinstance(last, torch.nn.Linear), "a head ends with a linear layer"
-            torch.nn.init.constant_(last.bias, float(values[values > 0].mean()))
+            torch.nn.init.constant_(last.bias, mean)
     if config.train.gene_init == "svd":
         log.info("placing genes by a singular value decomposition of the training cells")
         width = model.config.model.width
@@ -205,24 +227,39 @@ def _provenance(config: PretrainConfig, data: CellDataModule, errors: dict[str, 
 
 
 def held_out_errors(model: ScGPT, data: CellDataModule) -> dict[str, float]:
-    """Mean squared error, in bins, over the asked genes of held-out cells.
+    """Mean squared error, in bins, over the asked genes of held-out cells; every rank looks at its share of them.
 
     By method: `gep` and `gepc` where the model has them, and the floor `gene mean`, which predicts the mean bin of each gene over training
-    cells that express it.
+    cells that express it. A prediction that is not a number makes the error so too.
     """
+    device = model.encoder.gene.weight.device
     seen = data.training_tokens(_CELLS_OF_FLOORS)
-    means = torch.from_numpy(gene_means(seen.gene_ids.numpy(), seen.values.numpy(), len(model.vocab), smoothing=3.0))
+    genes = _are_genes(seen).numpy()
+    floor = gene_means(seen.gene_ids.numpy()[genes], seen.values.numpy()[genes], len(model.vocab), smoothing=3.0)
+    means = torch.from_numpy(floor).to(device)
     totals: defaultdict[str, float] = defaultdict(float)
     n_asked = 0
+    rank, world = (torch.distributed.get_rank() if n_ranks() > 1 else 0), n_ranks()
     with evaluating(model), torch.inference_mode():
-        for tokens in data.validation_batches():
+        for batch in data.validation_batches(rank, world):
+            tokens = batch.to(device)
             encoded = model.encode(tokens, "targets")
             assert encoded.rows is not None and tokens.targets is not None
             target = tokens.targets[encoded.rows]
-            n_asked += int(torch.isfinite(target).sum())
+            known = torch.isfinite(target)
+            n_asked += int(known.sum())
             for name, value in (_predictions(model, encoded, tokens) | {"gene mean": means[tokens.gene_ids[encoded.rows]]}).items():
-                totals[name] += float(((value - target) ** 2).nansum())
-    return {name: total / n_asked for name, total in totals.items()}
+                totals[name] += float(((value - target)[known] ** 2).sum())
+    shares = of_all_ranks((dict(totals), n_asked))
+    n_all = sum(n for _, n in shares)
+    return {name: sum(part[name] for part, _ in shares) / n_all for name in totals}
+
+
+def _are_genes(tokens: TokenBatch) -> Bool[Tensor, "token"]:
+    """All tokens but the `<cls>` with which a cell begins."""
+    genes = torch.ones(tokens.n_tokens, dtype=torch.bool)
+    genes[tokens.offsets[:-1]] = False
+    return genes
 
 
 def _predictions(model: ScGPT, encoded: Encoded, tokens: TokenBatch) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from annformer.errors import InputError
 from annformer.model.ranks import n_ranks
 
 _T = TypeVar("_T")
@@ -26,15 +25,16 @@ def on_first_rank(make: Callable[[], _T]) -> _T:
     """Let the first rank make something and give it to all; all stop where it cannot."""
     if n_ranks() == 1:
         return make()
-    box: list[Any] = [None, None]
+    box: list[Any] = [None, False]
+    error: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
             box[0] = make()
-        except InputError as error:
-            box[1] = error
+        except Exception as met:  # noqa: BLE001  # whatever it is, the others wait for this rank
+            error, box[1] = met, True
     torch.distributed.broadcast_object_list(box, 0)
-    if box[1] is not None:
-        raise stop_all(box[1])
+    if box[1]:
+        raise error or SaidElsewhere(0)
     return box[0]
 
 
