@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import anndata
@@ -118,7 +119,9 @@ def test_ctrl_c(kit: Kit):
     anndata.AnnData(counts, var=adata.var).write_h5ad(kit.folder / "cells.h5ad")
     before = set(snapshot(kit.folder))
     command = [sys.executable, "-m", "annformer", *shlex.split(EMBED)]
-    with subprocess.Popen(command, cwd=kit.folder, stderr=subprocess.PIPE, text=True) as process:
+    # a shell that runs the tests in the background has taken the signal away from all its children
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=kit.folder, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         first = process.stderr.readline()  # it has read the file and is at work
         process.send_signal(signal.SIGINT)
         err = first + process.stderr.read()
