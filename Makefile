@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) --no-deps --constraint constraints.txt --extra-index-url "$(TORCH_INDEX)" --retries 1 --timeout 30 torch
-	$(PIP) --constraint constraints.txt --editable ".[report,evaluate,cluster,hub]" --group test --group lint
+	$(PIP) --constraint constraints.txt --editable ".[report,evaluate,cluster,harmony,hub]" --group test --group lint
 	touch $@
 
 $(VENV)/.ready-docs: $(READY)

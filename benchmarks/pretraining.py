@@ -33,6 +33,7 @@ TITLES = {
     "clusters": "Cell types without labels: AvgBIO",
     "clusters_by_nmi": "Cell types without labels: AvgBIO at the resolution that the labels choose",
     "clusters_parts": "Cell types without labels: mean over the sets of the parts of AvgBIO",
+    "fewshot_choice": "Fine-tuning settings on the set that they are chosen on: macro-F1",
     "fewshot": "Cell types from a few labelled cells: macro-F1",
     "fewshot_difference": "Cell types from a few labelled cells: the model less the others, macro-F1",
     "genes": "Gene families: median rank of the other members among all genes",
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     corpus = read_corpus(options.store, model, seed=options.seed, max_cells=options.corpus_cells)
     parts: dict[str, Part] = {
         "expression": lambda: pretraining_expression.tables(
-            model, corpus, find_sets(options.data, options.sets), n_cells=options.cells, rank=options.rank, seed=options.seed
+            model, corpus, find_sets(options.data, options.sets), n_cells=options.cells, ranks=options.ranks, seed=options.seed
         ),
         "clusters": lambda: pretraining_clusters.tables(
             model, find_sets(options.data, options.sets), n_cells=options.cluster_cells, n_random=options.random, seed=options.seed
@@ -57,10 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fewshot": lambda: pretraining_fewshot.tables(
             model,
             find_sets(options.data, options.fewshot_sets),
+            find_sets(options.data, [options.choice_set])[options.choice_set],
             sizes=options.sizes,
-            n_steps=options.steps,
             n_seeds=options.seeds,
+            n_choice_seeds=options.choice_seeds,
+            n_random=options.random,
             seed=options.seed,
+            runs=None if options.out is None else options.out / "fewshot_runs.csv",
         ),
     }
     print(f"Model: {model.name}, fingerprint {model.fingerprint[:12]}.")
@@ -96,13 +100,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=200, help="cells of a set whose expression is predicted")
     parser.add_argument("--cluster_cells", type=int, default=400, help="cells of a set that are clustered")
     parser.add_argument("--random", type=int, default=3, help="random networks")
-    parser.add_argument("--rank", type=int, default=pretraining_expression.RANK, help="of the ridge")
+    parser.add_argument("--ranks", type=int, nargs="+", default=pretraining_expression.RANKS, help="of the ridge, to choose from")
     parser.add_argument("--corpus_cells", type=int, help="cells of the store that the floors learn from; default: all")
     parser.add_argument("--draws", type=int, default=2_000, help="random gene sets")
     parser.add_argument("--fewshot_sets", nargs="+", default=pretraining_fewshot.SETS)
     parser.add_argument("--sizes", type=int, nargs="+", default=(50, 200, 1_000), help="labelled cells")
-    parser.add_argument("--steps", type=int, default=pretraining_fewshot.N_STEPS, help="training steps of every fine-tuning")
+    parser.add_argument("--choice_set", default=pretraining_fewshot.CHOICE_SET, help="set that few-shot settings are chosen on")
     parser.add_argument("--seeds", type=int, default=3, help="draws of labelled cells")
+    parser.add_argument("--choice_seeds", type=int, default=1, help="draws of labelled cells that few-shot settings are chosen on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,8 @@ SETS = {
     "brain_dlpfc_nuclei500": "brain_dlpfc_nuclei500",
 }
 """Labelled sets held out from pretraining -> where their cells come from: sets of one source share cells, or a study."""
+SHARED_SOURCE = "Zheng 2017"
+"""The study of a set of the corpus: other cells, maybe of the same donor."""
 
 
 def one_thread() -> None:
@@ -139,6 +141,13 @@ def resampled_mean(values: Mapping[str, np.ndarray], *, seed: int, n_draws: int 
     total, count = np.stack([of.sum(0) for of in given]), np.array([len(of) for of in given])
     taken = np.random.default_rng(seed).integers(len(given), size=(n_draws, len(given)))
     return total[taken, np.arange(n_draws)[:, None]].sum(1) / count[taken].sum(1)
+
+
+def means_over(names: Iterable[str]) -> dict[str, list[str]]:
+    """Sets that means are taken over: all, and all but those of the source that the corpus may share a donor with."""
+    every = list(names)
+    others = [name for name in every if SETS.get(name) != SHARED_SOURCE]
+    return {"mean of sets": every} | ({f"mean without {SHARED_SOURCE}": others} if 0 < len(others) < len(every) else {})
 
 
 def verdict(low: float, high: float, *, even: float, less_is_better: bool) -> str:

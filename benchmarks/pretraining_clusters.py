@@ -15,7 +15,7 @@ from anndata import AnnData
 import annformer as af
 from annformer.baselines import pca_embedding
 from annformer.evaluate import clustering_scores
-from pretraining_cells import LABEL_KEY, interval, one_thread, read_cells, resampled_mean, verdict
+from pretraining_cells import LABEL_KEY, interval, means_over, one_thread, read_cells, resampled_mean, verdict
 
 MODEL, RANDOM = "model", "random network"
 RESOLUTIONS = (0.25, 0.5, 1.0, 2.0)
@@ -95,13 +95,17 @@ def summary(scores: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """AvgBIO of every set and method, the mean over sets with its interval, and the difference of the model to each method."""
     wide = pooled(scores).pivot_table("avg_bio", ["set", "cells", "types"], "method", sort=False).reset_index()
     methods = [name for name in wide.columns if name not in ("set", "cells", "types")]
-    mean = {"set": "mean of sets", "cells": wide["cells"].sum(), "types": ""}
-    against = {"set": "model less this", "cells": "", "types": ""}
-    for name in methods:
-        mean[name] = _with_interval(dict(zip(wide["set"], wide[name], strict=True)), seed)[0]
-        difference, low, high = _with_interval(dict(zip(wide["set"], wide[MODEL] - wide[name], strict=True)), seed)
-        against[name] = "" if name == MODEL else f"{difference} {verdict(low, high, even=0, less_is_better=False)}"
-    return pd.concat([wide, pd.DataFrame([mean, against])], ignore_index=True)
+    added = []
+    for title, names in means_over(wide["set"]).items():
+        some = wide[wide["set"].isin(names)]
+        mean = {"set": title, "cells": some["cells"].sum(), "types": ""}
+        against = {"set": title.replace("mean", "model less this", 1).removesuffix(" of sets"), "cells": "", "types": ""}
+        for name in methods:
+            mean[name] = _with_interval(dict(zip(some["set"], some[name], strict=True)), seed)[0]
+            difference, low, high = _with_interval(dict(zip(some["set"], some[MODEL] - some[name], strict=True)), seed)
+            against[name] = "" if name == MODEL else f"{difference} {verdict(low, high, even=0, less_is_better=False)}"
+        added += [mean, against]
+    return pd.concat([wide, pd.DataFrame(added)], ignore_index=True)
 
 
 def _with_interval(values: dict[str, float], seed: int) -> tuple[str, float, float]:

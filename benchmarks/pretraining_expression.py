@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pretraining_cells import (
     Corpus,
     asked_batches,
     interval,
+    means_over,
     read_cells,
     resampled_mean,
     split_matrices,
@@ -32,30 +33,33 @@ from pretraining_cells import (
 SHARES = (0.25, 0.5, 0.75)
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 SMOOTHINGS = (0.0, 3.0, 10.0, 30.0, 100.0)
-RANK = 64
+RANKS = (64, 128, 256)
 CELLS_PER_FORWARD = 8
 N_DRAWS = 1_000
 FLOORS = ("gene mean", "ridge")
 
 
 class Floors:
-    """The gene's mean and one ridge per asked share, fitted on the corpus; smoothing and strength chosen on its held-out studies.
+    """The gene's mean and one ridge per asked share, fitted on the corpus; smoothing, rank and strength chosen on its held-out studies.
 
-    After the choice both are fitted once more on all cells of the corpus.
+    Smoothing and rank are those of the first share. After the choice both floors are fitted once more on all cells of the corpus.
     """
 
-    def __init__(self, corpus: Corpus, *, rank: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, *, ranks: Sequence[int], seed: int) -> None:
         self.ridges: dict[float, VisibleGeneRidge] = {}
         self.chosen: dict[str, float] = {}
+        self.by_rank: dict[int, float] = {}
         for share in SHARES:
             few, held = (_matrices(corpus, rows, share, seed) for rows in (corpus.chosen_from, corpus.held_out))
             if not self.chosen:
                 self.chosen["smoothing"] = min(SMOOTHINGS, key=partial(_mean_error, few, held))
-            ridge = partial(VisibleGeneRidge, rank=rank, smoothing=self.chosen["smoothing"], seed=seed)
-            best = ridge(strengths=STRENGTHS).fit(*few, held_out=held)
-            self.chosen[f"strength at {share:g}"] = best.strength_
+            ridge = partial(VisibleGeneRidge, smoothing=self.chosen["smoothing"], seed=seed)
+            best = ridge(ranks=ranks, strengths=STRENGTHS).fit(*few, held_out=held)
+            self.chosen |= {"rank": best.rank_, f"strength at {share:g}": best.strength_}
+            self.by_rank = self.by_rank or {of: min(best.errors_[of, strength] for strength in STRENGTHS) for of in ranks}
+            ranks = (best.rank_,)
             del few
-            self.ridges[share] = ridge(strengths=(best.strength_,)).fit(*_matrices(corpus, corpus.rows, share, seed))
+            self.ridges[share] = ridge(ranks=ranks, strengths=(best.strength_,)).fit(*_matrices(corpus, corpus.rows, share, seed))
 
     def predict(self, tokens: TokenBatch, share: float, n_genes: int) -> dict[str, np.ndarray]:
         """Values at the asked tokens, in their order."""
@@ -133,17 +137,20 @@ def ratio_draws(errors: pd.DataFrame, method: str, floor: str, *, seed: int) -> 
 
 
 def summary(errors: Mapping[str, pd.DataFrame], *, seed: int) -> pd.DataFrame:
-    """Errors of every set, and the ratios of the model's to the floors' with their intervals; the last row is the mean over sets."""
+    """Errors of every set, and the ratios of the model's to the floors' with their intervals; the last rows are means over sets."""
     methods = [name for name in ("gene mean", "ridge", "GEP", "GEPC", "ties") if name in next(iter(errors.values()))]
     each = {name: table[methods].sum() / table["n"].sum() for name, table in errors.items()}
     rows = [{"set": name, "cells": table["cell"].nunique(), **each[name]} for name, table in errors.items()]
-    rows.append({"set": "mean of sets", "cells": sum(row["cells"] for row in rows), **pd.DataFrame(each).T.mean()})
+    means = means_over(errors)
+    for title, names in means.items():
+        rows.append({"set": title, "cells": sum(errors[name]["cell"].nunique() for name in names), **pd.DataFrame(each)[names].T.mean()})
     for method in ("GEP", "GEPC"):
         for floor in FLOORS if method in methods else ():
             draws = {name: ratio_draws(table, method, floor, seed=seed) for name, table in errors.items()}
             ratios = {name: each[name][method] / each[name][floor] for name in errors}
-            found = [*ratios.values(), float(np.mean(list(ratios.values())))]
-            for row, ratio, drawn in zip(rows, found, [*draws.values(), resampled_mean(draws, seed=seed)], strict=True):
+            found = [*ratios.values(), *(float(np.mean([ratios[name] for name in names])) for names in means.values())]
+            of_means = [resampled_mean({name: draws[name] for name in names}, seed=seed) for names in means.values()]
+            for row, ratio, drawn in zip(rows, found, [*draws.values(), *of_means], strict=True):
                 low, high = interval(drawn)
                 row[f"{method} / {floor}"] = f"{ratio:.3f} ({low:.3f} to {high:.3f}) {verdict(low, high, even=1, less_is_better=True)}"
     return pd.DataFrame(rows)
@@ -159,19 +166,21 @@ def by_share(errors: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def tables(
-    model: af.ScGPT, corpus: Corpus, sets: Mapping[str, Path], *, n_cells: int, rank: int, seed: int
+    model: af.ScGPT, corpus: Corpus, sets: Mapping[str, Path], *, n_cells: int, ranks: Sequence[int], seed: int
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Tables by name, and what to say under them."""
-    floors = Floors(corpus, rank=rank, seed=seed)
+    floors = Floors(corpus, ranks=ranks, seed=seed)
     errors = {
         name: cell_errors(model, floors, read_cells(path, n_cells, seed=seed, labelled=False), seed=seed) for name, path in sets.items()
     }
     chosen = ", ".join(f"{name} {value:g}" for name, value in floors.chosen.items())
+    by_rank = ", ".join(f"{rank}: {error:.2f}" for rank, error in floors.by_rank.items())
     notes = [
         f"Squared error in bins at the asked genes of at most {n_cells} cells a set, asked shares {SHARES} together.",
-        f"Ridge: rank {rank}, one per share, fitted on {len(corpus.rows):,} cells of the corpus with as many genes hidden; chosen on"
-        f" held-out studies of the corpus: {chosen}.",
+        f"Ridge: one per share, fitted on {len(corpus.rows):,} cells of the corpus with as many genes hidden; chosen on held-out studies of"
+        f" the corpus: {chosen} (their error at share {SHARES[0]:g} by rank: {by_rank}).",
         "Ties: what no method can predict, because equal counts are drawn into different bins. Intervals: 95 %, bootstrap over the cells of"
         " a set; of the mean, over sources and cells.",
     ]
-    return {"expression": summary(errors, seed=seed), "expression_by_share": by_share(errors)}, notes
+    each = pd.concat([table.assign(set=name) for name, table in errors.items()], ignore_index=True)
+    return {"expression": summary(errors, seed=seed), "expression_by_share": by_share(errors), "expression_cells": each}, notes

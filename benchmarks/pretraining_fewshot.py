@@ -2,176 +2,92 @@
 
 from __future__ import annotations
 
-import warnings
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from anndata import AnnData
-from scipy.sparse import issparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import annformer as af
-from annformer.objectives.cls import CLS
-from annformer.scgpt import ModelFolderConfig
-from annformer.tokenizer import TokenizerSettings, tokenize
-from annformer.tokens import CellBatch, TokenBatch
-from pretraining_cells import LABEL_KEY, interval, one_thread, read_cells, resampled_mean, verdict, whole
-from pretraining_clusters import log_normalised, random_network
+from pretraining_cells import interval, means_over, read_cells, resampled_mean, verdict
+from pretraining_fewshot_methods import (
+    CELLS_PER_STEP,
+    DROPOUT,
+    FROZEN,
+    FROZEN_RANDOM,
+    HEAD_RATE,
+    LOGISTIC,
+    LOGISTIC_VARIABLE,
+    MAX_LENGTH,
+    MAX_LENGTH_TEST,
+    N_VARIABLE,
+    POOL,
+    PRETRAINED,
+    SCRATCH,
+    STRENGTHS,
+    TEST,
+    TUNING,
+    WARM_UP,
+    WEIGHT_DECAY,
+    Methods,
+    read_task,
+)
 
-SETS = ("zheng_sorted_mudan", "pbmc3k", "kang_ifnb_pbmc", "sc_mixology_lung_cell_lines")
-PRETRAINED, SCRATCH, LOGISTIC = "pretrained", "from scratch", "logistic regression"
-FROZEN, FROZEN_RANDOM = "pretrained, frozen", "random, frozen"
-MAX_LENGTH = 150
-"""Tokens of a cell in a training step, drawn anew in each."""
-MAX_LENGTH_TEST = 400
-CELLS_PER_STEP = 16
-N_STEPS = 100
-RATES = (1e-3, 3e-3)
-WARM_UP = 0.1
-DROPOUT = 0.0
-WEIGHT_DECAY = 0.01
-POOL, TEST = 1_000, 300
-MIN_CELLS = 10
-"""Of a type; rarer ones are left out."""
-STRENGTHS = tuple(f"{strength:g}{scaled}" for scaled in ("", " scaled") for strength in (0.1, 1, 10, 100, 1000))
-"""Inverse penalties of the logistic regression; with or without dividing each gene by its deviation."""
+SETS = ("pbmc3k", "kang_ifnb_pbmc", "lymphnode_11types", "sc_mixology_lung_cell_lines", "breast_cell_lines_31")
+CHOICE_SET = "pbmc4k_scvi_labels"
+"""Where settings are chosen; it is not among the sets that are judged."""
+PAIRS = {
+    "fine-tuned: less from scratch": (PRETRAINED, SCRATCH),
+    "fine-tuned: less logistic": (PRETRAINED, LOGISTIC),
+    "fine-tuned: less logistic, HVG": (PRETRAINED, LOGISTIC_VARIABLE),
+    "frozen: less random": (FROZEN, FROZEN_RANDOM),
+    "frozen: less logistic": (FROZEN, LOGISTIC),
+}
 N_DRAWS = 1_000
 
-Method = Callable[[Any, np.ndarray, int, np.ndarray], np.ndarray]
-"""(setting, labelled rows, seed, rows to predict) -> codes of the types."""
+
+class Runs:
+    """What each run said of the test cells, kept in a CSV, so that an interrupted benchmark goes on where it stopped."""
+
+    def __init__(self, path: Path | None, protocol: str) -> None:
+        self.path, self.protocol = path, protocol
+        self.said: dict[tuple[str, ...], np.ndarray] = {}
+        if path is not None and path.is_file():
+            with path.open(newline="") as file:
+                for *key, codes in csv.reader(file):
+                    self.said[tuple(key)] = np.array(codes.split(), dtype=int)  # a line that broke off has another key, or too few codes
+
+    def get(self, *key: object, n: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The `n` codes of a run; `key`: set, labelled cells, method, setting, seed."""
+        names = (self.protocol, *map(str, key))
+        if len(self.said.get(names, ())) != n:
+            self.said[names] = compute()
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", newline="") as file:
+                    csv.writer(file).writerow([*names, " ".join(map(str, self.said[names]))])
+        return self.said[names]
 
 
-class Task(NamedTuple):
-    """A labelled set, cut once into a pool that labelled cells are drawn from and test cells that nothing is chosen on."""
+class LabelledSet:
+    """A set, and what the methods say of its test cells."""
 
-    cells: CellBatch
-    features: dict[str, Any]
-    """What logistic regressions read, by method: expression, and the cell states of networks that are not trained on."""
-    labels: np.ndarray
-    types: tuple[str, ...]
-    pool: np.ndarray
-    test: np.ndarray
+    def __init__(self, name: str, path: Path, model: af.ScGPT, runs: Runs, *, n_random: int, seed: int) -> None:
+        self.name, self.runs, self.seed = name, runs, seed
+        self.task = read_task(read_cells(path, None, seed=seed, labelled=True), model, seed=seed)
+        self.methods = Methods(model, self.task, n_random=n_random, seed=seed)
+        self.truth = self.task.labels[self.task.test]
 
-    def labelled(self, n: int, seed: int) -> np.ndarray:
-        """`n` cells of the pool, of every type one at least where there are as many places."""
-        order = np.random.default_rng([seed, n]).permutation(self.pool)
-        _, first = np.unique(self.labels[order], return_index=True)
-        return np.concatenate([order[first], np.delete(order, first)])[:n]
-
-
-def read_task(adata: AnnData, model: af.ScGPT, *, seed: int) -> Task:
-    """Cut a set; at most three quarters of it, and not more than `POOL` cells, may be labelled."""
-    names = adata.obs[LABEL_KEY].astype(str)
-    adata = adata[names.isin(names.value_counts().loc[lambda n: n >= MIN_CELLS].index)].copy()
-    types, labels = np.unique(adata.obs[LABEL_KEY].astype(str), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(adata.n_obs)
-    n_pool = min(POOL, adata.n_obs * 3 // 4)
-    task = Task(whole(adata, model), {LOGISTIC: log_normalised(adata).X}, labels, tuple(types), order[:n_pool], order[n_pool:][:TEST])
-    networks = {FROZEN: model, FROZEN_RANDOM: random_network(model, seed)}
-    return task._replace(features=task.features | {name: states(network, task) for name, network in networks.items()})
-
-
-def tokens_of(task: Task, model: af.ScGPT, rows: np.ndarray, settings: TokenizerSettings, *, step: int = 0) -> TokenBatch:
-    """The cells' tokens with their labels."""
-    some = task.cells._replace(counts=task.cells.counts[rows], rows=rows, labels={LABEL_KEY: task.labels[rows]})
-    return tokenize(some, settings, cls_id=model.vocab.cls_id, step=step)
-
-
-def with_classifier(model: af.ScGPT, n_classes: int, *, seed: int) -> af.ScGPT:
-    """The model's encoder with a new head for cell types instead of its objectives."""
-    network = {**model.config.model.model_dump(), "dropout": DROPOUT}
-    settings = {"model": network, "objectives": {"cls": {"kind": "cls", "n_classes": n_classes}}}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        new = af.ScGPT(ModelFolderConfig.model_validate(model.config.model_dump() | settings), model.vocab)
-    new.encoder.load_state_dict(model.encoder.state_dict())
-    return new
-
-
-def fine_tune(model: af.ScGPT, task: Task, rows: np.ndarray, *, rate: float, n_steps: int, seed: int) -> af.ScGPT:
-    """AdamW, warm-up and linear decay, cells drawn in seeded passes; whatever part of a long cell is read differs from step to step."""
-    one_thread()
-    tuned = with_classifier(model, len(task.types), seed=seed).train()
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
-    short = tuned.tokenizer.with_(max_length=min(MAX_LENGTH, tuned.tokenizer.max_length))
-    passes = -(-n_steps * CELLS_PER_STEP // len(rows))
-    order = np.concatenate([np.random.default_rng([seed, number]).permutation(rows) for number in range(passes)])
-    for step in range(n_steps):
-        done = (step + 1) / n_steps
-        optimizer.param_groups[0]["lr"] = rate * min(done / WARM_UP, (1 - done) / (1 - WARM_UP) + 1 / n_steps)
-        tokens = tokens_of(task, tuned, order[step * CELLS_PER_STEP : (step + 1) * CELLS_PER_STEP], short, step=step)
-        tuned.losses(tokens)["cls"].mean.backward()
-        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return tuned.eval()
-
-
-def states(model: af.ScGPT, task: Task) -> np.ndarray:
-    """Cell states of pool and test cells; cells that are neither stay zero."""
-    one_thread()
-    rows = np.concatenate([task.pool, task.test])
-    found = np.zeros((len(task.labels), model.config.model.width), dtype=np.float32)
-    settings = model.tokenizer.with_(max_length=min(MAX_LENGTH_TEST, model.tokenizer.max_length))
-    with torch.inference_mode():
-        for first in range(0, len(rows), 8):
-            some = rows[first : first + 8]
-            found[some] = model.encode(tokens_of(task, model, some, settings), "cell").cell.numpy()
-    return found
-
-
-def predict(model: af.ScGPT, task: Task, rows: np.ndarray) -> np.ndarray:
-    """Codes of the types."""
-    head = model.objectives["cls"]
-    assert isinstance(head, CLS)
-    settings = model.tokenizer.with_(max_length=min(MAX_LENGTH_TEST, model.tokenizer.max_length))
-    with torch.inference_mode():
-        parts = [tokens_of(task, model, rows[first : first + 8], settings) for first in range(0, len(rows), 8)]
-        return np.concatenate([head.predict(model.encode(tokens, "cell")).argmax(1).numpy() for tokens in parts])
-
-
-def methods(model: af.ScGPT, task: Task, *, n_steps: int, seed: int) -> dict[str, tuple[Method, Sequence[Any]]]:
-    """Name -> how it predicts, and the settings to choose from."""
-
-    def tuned(start: Callable[[int], af.ScGPT]) -> Method:
-        return lambda rate, rows, of, asked: predict(
-            fine_tune(start(of), task, rows, rate=rate, n_steps=n_steps, seed=seed + of), task, asked
+    def said(self, n: int, method: str, setting: str, of: int) -> np.ndarray:
+        """Codes of the test cells, from draw `of` of `n` labelled cells."""
+        rows = self.task.labelled(n, self.seed + of)
+        return self.runs.get(
+            *(self.name, n, method, setting, of), n=len(self.truth), compute=lambda: self.methods.predict(method, setting, rows, of)
         )
 
-    def logistic(name: str) -> Method:
-        return lambda setting, rows, of, asked: _logistic(task.features[name], task.labels, setting, rows, asked)  # noqa: ARG005
-
-    return {
-        PRETRAINED: (tuned(lambda _: model), RATES),
-        SCRATCH: (tuned(lambda of: random_network(model, seed + of)), RATES),
-        **{name: (logistic(name), STRENGTHS) for name in task.features},
-    }
-
-
-def _logistic(features: Any, labels: np.ndarray, setting: str, rows: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    strength, _, scaled = setting.partition(" ")
-    scaler = StandardScaler(with_mean=not issparse(features)) if scaled else "passthrough"
-    classifier = make_pipeline(scaler, LogisticRegression(C=float(strength), max_iter=200))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest penalties need not converge to be judged
-        return classifier.fit(features[rows], labels[rows]).predict(features[asked])
-
-
-def choose(model: af.ScGPT, task: Task, n: int, *, n_steps: int, seed: int) -> dict[str, Any]:
-    """The setting of each method for `n` labelled cells, by macro-F1 at other cells of the pool: test cells stay unseen."""
-    few = task.labelled(min(n, len(task.pool) * 3 // 4), seed)
-    others = task.pool[~np.isin(task.pool, few)][:TEST]
-    chosen = {}
-    for name, (method, settings) in methods(model, task, n_steps=n_steps, seed=seed).items():
-        chosen[name] = max(settings, key=lambda setting: macro_f1(task.labels[others], method(setting, few, 0, others), len(task.types)))
-    return chosen
+    def score(self, said: np.ndarray) -> float:
+        return macro_f1(self.truth, said, len(self.task.types))
 
 
 def macro_f1(truth: np.ndarray, said: np.ndarray, n_types: int) -> float:
@@ -182,68 +98,161 @@ def macro_f1(truth: np.ndarray, said: np.ndarray, n_types: int) -> float:
     return float(np.mean(2 * hits[there] / both[there]))
 
 
-def bootstrap(truth: np.ndarray, said: np.ndarray, n_types: int, *, seed: int) -> np.ndarray:
-    """Draws of the macro-F1, mean over seeds; cells are drawn within their types, the same cells for every method."""
+def bootstrap(truth: np.ndarray, said: Sequence[np.ndarray], n_types: int, *, seed: int) -> np.ndarray:
+    """Draws of the macro-F1, mean over runs; cells are drawn within their types, the same cells for every method."""
     rng = np.random.default_rng(seed)
     of_type = [np.flatnonzero(truth == code) for code in np.unique(truth)]
     drawn = [np.concatenate([rng.choice(cells, len(cells)) for cells in of_type]) for _ in range(N_DRAWS)]
     return np.array([np.mean([macro_f1(truth[rows], each[rows], n_types) for each in said]) for rows in drawn])
 
 
+def choose(cells: LabelledSet, sizes: Sequence[int], *, n_seeds: int) -> pd.DataFrame:
+    """Macro-F1 of every setting of every method: a row each, `chosen` where it is the method's best for that many labelled cells."""
+    rows = []
+    for n in sizes:
+        for method, settings in cells.methods.settings.items():
+            for setting in settings:
+                scores = [cells.score(cells.said(n, method, setting, of)) for of in range(n_seeds)]
+                rows.append({"labelled": n, "method": method, "setting": setting, "macro_f1": float(np.mean(scores))})
+    table = pd.DataFrame(rows)
+    best = table.groupby(["labelled", "method"], sort=False)["macro_f1"].idxmax()
+    return table.assign(chosen=table.index.isin(best))
+
+
 def score_set(
-    model: af.ScGPT, task: Task, n: int, chosen: Mapping[str, Any], *, n_steps: int, n_seeds: int, seed: int
+    cells: LabelledSet, n: int, chosen: Mapping[str, str], *, n_seeds: int
 ) -> tuple[list[dict[str, object]], dict[str, np.ndarray]]:
-    """A row per method and seed, and each method's bootstrap draws."""
-    truth, rows, draws = task.labels[task.test], [], {}
-    for name, (method, _) in methods(model, task, n_steps=n_steps, seed=seed).items():
-        said = np.stack([method(chosen[name], task.labelled(n, seed + of), of, task.test) for of in range(n_seeds)])
-        draws[name] = bootstrap(truth, said, len(task.types), seed=seed)
-        for of, each in enumerate(said):
-            scores = {"macro_f1": macro_f1(truth, each, len(task.types)), "accuracy": float(np.mean(truth == each))}
-            rows.append({"labelled": n, "method": name, "setting": chosen[name], "seed": seed + of, **scores})
-    return rows, draws
+    """A row per run, and the bootstrap draws of each method; random networks are one method."""
+    said: dict[str, list[np.ndarray]] = {}
+    rows: list[dict[str, object]] = []
+    facts = {"labelled": n, "set": cells.name, "types": len(cells.task.types), "test_cells": len(cells.truth)}
+    for name, setting in chosen.items():
+        method = name.partition(" #")[0]
+        for of in range(n_seeds):
+            each = cells.said(n, name, setting, of)
+            said.setdefault(method, []).append(each)
+            scores = {"macro_f1": cells.score(each), "accuracy": float(np.mean(cells.truth == each))}
+            rows.append({**facts, "method": method, "run": name, "setting": setting, "seed": of, **scores})
+    return rows, {method: bootstrap(cells.truth, each, len(cells.task.types), seed=cells.seed) for method, each in said.items()}
 
 
 def tables(
-    model: af.ScGPT, sets: Mapping[str, Path], *, sizes: Sequence[int], n_steps: int, n_seeds: int, seed: int
+    model: af.ScGPT,
+    sets: Mapping[str, Path],
+    choice: Path,
+    *,
+    sizes: Sequence[int],
+    n_seeds: int,
+    n_choice_seeds: int,
+    n_random: int,
+    seed: int,
+    runs: Path | None,
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Tables by name, and what to say under them."""
-    tasks = {name: read_task(read_cells(path, None, seed=seed, labelled=True), model, seed=seed) for name, path in sets.items()}
-    first = next(iter(tasks))
-    rows, differences, settings = [], [], []
-    for n in sizes:
-        chosen = choose(model, tasks[first], n, n_steps=n_steps, seed=seed)
-        settings.append(f"{n}: " + ", ".join(f"{name} {setting}" for name, setting in chosen.items()))
-        draws: dict[str, dict[str, np.ndarray]] = {}
-        for name, task in tasks.items():
-            found, draws[name] = score_set(model, task, n, chosen, n_steps=n_steps, n_seeds=n_seeds, seed=seed)
-            rows += [{"set": name, "types": len(task.types), "test_cells": len(task.test), **row} for row in found]
-        differences += _differences(pd.DataFrame(rows).query("labelled == @n"), draws, n, seed=seed)
-    scores = pd.DataFrame(rows)
-    mean = scores.pivot_table("macro_f1", ["labelled", "set", "types", "test_cells"], "method", sort=False).reset_index()
-    notes = [
-        f"Mean of {n_seeds} draws of the labelled cells; test cells (at most {TEST} a set) are never drawn. From scratch: the same network"
-        " and training, random weights.",
-        f"Fine-tuning of all weights: CLS objective, AdamW, {n_steps} steps of {CELLS_PER_STEP} cells with at most {MAX_LENGTH} tokens (of"
-        f" test cells {MAX_LENGTH_TEST}), weight decay {WEIGHT_DECAY:g}, dropout {DROPOUT:g}, warm-up {WARM_UP:.0%}, then linear decay.",
-        "Logistic regression: log-normalised expression of all genes of the set, scaled or not. Frozen: logistic regression on the cell"
-        " states of the pretrained, or of a random network, which is not trained further.",
-        f"Rate, inverse penalty and scaling, chosen on pool cells of {first} for all sets: {'; '.join(settings)}.",
-        "Intervals: 95 %, bootstrap over test cells within their types; of the mean, over sets and cells.",
-    ]
-    return {"fewshot": mean, "fewshot_difference": pd.DataFrame(differences), "fewshot_all": scores}, notes
+    """Tables by name, and what to say under them; `choice` is the file of the set that settings are chosen on."""
+    assert choice.stem not in sets
+    cut = (CELLS_PER_STEP, MAX_LENGTH, MAX_LENGTH_TEST, HEAD_RATE, WARM_UP, DROPOUT, WEIGHT_DECAY, POOL, TEST, N_VARIABLE, seed)
+    kept = Runs(runs, " ".join([model.fingerprint[:12], *map(str, cut)]))
+    settings = choose(LabelledSet(choice.stem, choice, model, kept, n_random=n_random, seed=seed), sizes, n_seeds=n_choice_seeds)
+    rows: list[dict[str, object]] = []
+    draws: dict[int, dict[str, dict[str, np.ndarray]]] = {n: {} for n in sizes}
+    for name, path in sets.items():
+        cells = LabelledSet(name, path, model, kept, n_random=n_random, seed=seed)
+        for n in sizes:
+            if n <= len(cells.task.pool):
+                chosen = settings[settings["chosen"] & (settings["labelled"] == n)].set_index("method")["setting"].to_dict()
+                found, draws[n][name] = score_set(cells, n, chosen, n_seeds=n_seeds)
+                rows += found
+    scores = pd.DataFrame(rows).sort_values("labelled", kind="stable")
+    differences = [row for n in sizes if draws[n] for row in _differences(scores[scores["labelled"] == n], draws[n], n, seed=seed)]
+    found = {"fewshot_choice": _by_setting(settings), "fewshot": _means(scores), "fewshot_difference": pd.DataFrame(differences)}
+    return found | {"fewshot_all": scores, "fewshot_settings": settings}, _sentences(found["fewshot_difference"]) + _notes(
+        settings, choice.stem, n_seeds=n_seeds, n_choice_seeds=n_choice_seeds, n_random=n_random
+    )
+
+
+def _by_setting(settings: pd.DataFrame) -> pd.DataFrame:
+    """The grid of fine-tuning, a column per setting."""
+    tuned = settings[settings["method"].isin((PRETRAINED, SCRATCH))]
+    return tuned.pivot_table("macro_f1", ["labelled", "method"], "setting", sort=False).reset_index()
+
+
+def _means(scores: pd.DataFrame) -> pd.DataFrame:
+    """Macro-F1 of each set and method, and the mean over sets for each number of labelled cells."""
+    table = scores.pivot_table("macro_f1", ["labelled", "set", "types", "test_cells"], "method", sort=False).reset_index()
+    parts = []
+    for n, of in table.groupby("labelled"):
+        means = [
+            {"labelled": n, "set": title, **of[of["set"].isin(names)].drop(columns=["labelled", "set", "types", "test_cells"]).mean()}
+            for title, names in means_over(of["set"]).items()
+        ]
+        parts += [of, pd.DataFrame(means)]
+    return pd.concat(parts, ignore_index=True).fillna("")
 
 
 def _differences(scores: pd.DataFrame, draws: Mapping[str, Mapping[str, np.ndarray]], n: int, *, seed: int) -> list[dict[str, object]]:
-    """Pretrained less each other method: a row per set, and one for their mean."""
+    """Pretrained less each other method: a row per set, and one for each mean."""
     mean = scores.pivot_table("macro_f1", "set", "method", sort=False)
-    rows: list[dict[str, object]] = [{"labelled": n, "set": name} for name in [*draws, "mean of sets"]]
-    pairs = {"fine-tuned: less from scratch": (PRETRAINED, SCRATCH), "fine-tuned: less logistic": (PRETRAINED, LOGISTIC)}
-    pairs |= {"frozen: less random": (FROZEN, FROZEN_RANDOM), "frozen: less logistic": (FROZEN, LOGISTIC)}
-    for title, (ours, other) in pairs.items():
+    means = means_over(draws)
+    rows: list[dict[str, object]] = [{"labelled": n, "set": name} for name in [*draws, *means]]
+    for title, (ours, other) in PAIRS.items():
         each = {name: of[ours] - of[other] for name, of in draws.items()}
-        found = [*(mean[ours] - mean[other]).loc[list(draws)], (mean[ours] - mean[other]).mean()]
-        for row, value, drawn in zip(rows, found, [*each.values(), resampled_mean(each, seed=seed)], strict=True):
+        difference = mean[ours] - mean[other]
+        found = [*difference.loc[list(draws)], *(difference.loc[names].mean() for names in means.values())]
+        of_means = [resampled_mean({name: each[name] for name in names}, seed=seed) for names in means.values()]
+        for row, value, drawn in zip(rows, found, [*each.values(), *of_means], strict=True):
             low, high = interval(drawn)
             row[title] = f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {verdict(low, high, even=0, less_is_better=False)}"
     return rows
+
+
+def _sentences(differences: pd.DataFrame) -> list[str]:
+    """The verdicts on the mean of sets in words."""
+    others = {
+        "fine-tuned: less from scratch": "Fine-tuned, the pretrained network {} the same network from scratch",
+        "fine-tuned: less logistic": "{} logistic regression on all genes",
+        "fine-tuned: less logistic, HVG": "{} logistic regression on variable genes",
+        "frozen: less random": "frozen, it {} frozen random networks",
+        "frozen: less logistic": "{} logistic regression on all genes",
+    }
+    verbs = {"beats": "beats", "loses": "loses to", "ties": "ties with"}
+    said = []
+    for row in differences[differences["set"] == "mean of sets"].to_dict("records"):
+        parts = [text.format(verbs[row[title].split()[-1]]) + f" ({row[title].rpartition(' ')[0]})" for title, text in others.items()]
+        n_sets = (~differences["set"].str.startswith("mean ") & (differences["labelled"] == row["labelled"])).sum()
+        said.append(f"{row['labelled']:,} labelled cells, {n_sets} sets: {', '.join(parts[:3])}; {', '.join(parts[3:])}.")
+    return said
+
+
+def _unfinished(chosen: pd.DataFrame) -> list[str]:
+    """What is to be said where the longest training of the grid is the best."""
+    tuned = chosen[chosen["method"].isin((PRETRAINED, SCRATCH))]
+    n_steps = tuned["setting"].str.extract(r", (\d+) steps")[0].astype(int)
+    longest = max(int(setting.replace(",", "").split()[2]) for setting in TUNING)
+    of = [f"{row.method} at {row.labelled:,}" for row in tuned[n_steps == longest].itertuples()]
+    if not of:
+        return []
+    return [
+        f"The longest training of the grid, {longest} steps, was the best of {', '.join(of)} labelled cells: they have not converged. From"
+        " scratch says what the same training gives without pretraining, not what it could reach at any cost; logistic regression and the"
+        " frozen random networks are the floors that do not depend on the number of steps."
+    ]
+
+
+def _notes(settings: pd.DataFrame, choice: str, *, n_seeds: int, n_choice_seeds: int, n_random: int) -> list[str]:
+    chosen = settings[settings["chosen"]]
+    of = {n: ", ".join(f"{row.method} {row.setting}" for row in group.itertuples()) for n, group in chosen.groupby("labelled")}
+    return [
+        f"Mean of {n_seeds} draws of the labelled cells; test cells (at most {TEST} a set) are never drawn. From scratch: the same network"
+        " and training, random weights.",
+        f"Networks read the {N_VARIABLE:,} most variable genes of a set. Fine-tuning of all weights: CLS objective, AdamW, steps of"
+        f" {CELLS_PER_STEP} cells with at most {MAX_LENGTH} tokens (of test cells {MAX_LENGTH_TEST}), weight decay {WEIGHT_DECAY:g},"
+        f" dropout {DROPOUT:g}, warm-up {WARM_UP:.0%}, then linear decay, the new head at {HEAD_RATE} times the rate or at the same"
+        f" (*one rate*); each start has the best of the same {len(TUNING)} settings.",
+        f"Logistic regression: log-normalised expression of all genes of the set, or of the same variable ones. Frozen:"
+        " logistic regression on the cell states of the pretrained network, or of random ones (mean of"
+        f" {n_random}), which are not trained further. Each has the best of {len(STRENGTHS)} penalties and scalings.",
+        *_unfinished(chosen),
+        f"All settings are chosen for each number of labelled cells on {choice}, which is left out of the verdict (macro-F1, draws of"
+        f" labelled cells: {n_choice_seeds}): {'; '.join(f'{n}: {text}' for n, text in of.items())}.",
+        "Intervals: 95 %, bootstrap over test cells within their types; of the mean, over sets and cells; seeds are averaged.",
+    ]

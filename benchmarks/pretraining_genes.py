@@ -11,6 +11,7 @@ import torch
 
 import annformer as af
 from annformer.evaluate import expression_strata, neighbour_scores, partner_ranks
+from annformer.train.gene_init import axes_of_variation, token_expression
 from pretraining_cells import Corpus
 from pretraining_clusters import MODEL, RANDOM, random_network
 
@@ -29,28 +30,15 @@ N_CELLS_SVD = 6_000
 
 def corpus_expression(corpus: Corpus) -> sp.csr_array:
     """Log-normalised expression of the corpus, cell x token of the vocabulary."""
-    n_genes = len(corpus.model.vocab)
-    parts = []
-    for cells in corpus.batches(corpus.rows):
-        counts = cells.counts
-        depth = np.repeat(counts.sum(axis=1), np.diff(counts.indptr))
-        columns = np.asarray(cells.gene_ids, dtype=np.int32)[counts.indices]
-        values = np.log1p(1e4 * counts.data / depth).astype(np.float32)
-        parts.append(sp.csr_array((values, columns, counts.indptr), shape=(counts.shape[0], n_genes)))
+    parts = [token_expression(cells, len(corpus.model.vocab)) for cells in corpus.batches(corpus.rows)]
     return sp.csr_array(sp.vstack(parts, format="csr"))
 
 
 def svd_embedding(expression: sp.csr_array, width: int, *, seed: int) -> np.ndarray:
-    """Genes by singular vectors times singular values of a sample of cells, genes scaled; without the first, the mean."""
-    from sklearn.utils.extmath import randomized_svd
-
+    """Genes by singular vectors times singular values of a sample of cells; a gene table may start from the same vectors."""
     some = np.sort(np.random.default_rng(seed).permutation(expression.shape[0])[:N_CELLS_SVD])
-    cells = expression[some]
-    mean = cells.mean(axis=0)
-    deviation = np.sqrt(np.maximum(cells.power(2).mean(axis=0) - mean**2, 0))
-    scaled = sp.csr_array(cells @ sp.diags_array((1 / np.maximum(deviation, 0.05)).astype(np.float32)))
-    _, values, vectors = randomized_svd(scaled, min(width + 1, *scaled.shape), n_iter=3, random_state=seed)
-    return (vectors.T * values)[:, 1:]
+    axes, values = axes_of_variation(expression[some], width, seed=seed)
+    return axes * values
 
 
 def embeddings(model: af.ScGPT, expression: sp.csr_array, n_random: int, *, seed: int) -> dict[str, np.ndarray]:

@@ -298,6 +298,12 @@ def _negative(adata: AnnData) -> None:
     adata.X = csr_matrix(dense)
 
 
+def _store(kit: Kit) -> None:
+    from annformer.data.store_writer import write_store
+
+    write_store([kit.folder / "cells.h5ad"], kit.folder / "store")
+
+
 def _no_manifest(kit: Kit) -> None:
     (kit.folder / "model" / "manifest.json").write_text("{")
 
@@ -317,10 +323,69 @@ STORES = [
     Row("a store that is not there", "pretrain nowhere --out run", ("nowhere is not a store", "annformer prepare")),
     Row("cells instead of a store", "pretrain cells.h5ad --out run", ("cells.h5ad is not a store", "annformer prepare")),
     Row("a model instead of a store", "pretrain model --out run", ("model is not a store", "annformer prepare")),
+    Row(
+        "a norm that several processes would compute each for itself",
+        "pretrain store --out run --set model.input_norm=batch --devices 2 --accelerator cpu",
+        ("input_norm is 'batch' and 2 processes", "one process"),
+        _store,
+    ),
     Row("a store that is no JSON", "pretrain model --out run", ("manifest.json is not JSON",), _no_manifest),
 ]
 
-ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES
+
+# annformer compare
+COMPARED = "compare integrate cells.h5ad --model model --out out"
+
+
+def _one(column: str, value: str) -> Callable[[Kit], None]:
+    return lambda kit: kit.cells(lambda adata: adata.obs.__setitem__(column, value))
+
+
+def _no_batch(adata: AnnData) -> None:
+    adata.obs["batch"] = adata.obs["batch"].astype(object)
+    adata.obs.loc[adata.obs_names[4], "batch"] = None
+
+
+COMPARISONS = [
+    Row(
+        "an unknown task",
+        "compare integrat cells.h5ad --batch_key batch --label_key cell_type --out out",
+        ("integrat", "did you mean integrate"),
+    ),
+    Row("no batch_key", f"{COMPARED} --label_key cell_type", ("--batch_key",)),
+    Row("a batch_key that is no column", f"{COMPARED} --batch_key bach --label_key cell_type", ("'bach'", "batch")),
+    Row("a label_key that is no column", f"{COMPARED} --batch_key batch --label_key celltype", ("'celltype'", "cell_type")),
+    Row("one batch", f"{COMPARED} --batch_key lane --label_key cell_type", ("one value, 'L1'", "two batches"), _one("lane", "L1")),
+    Row(
+        "a cell without a batch",
+        f"{COMPARED} --batch_key batch --label_key cell_type",
+        ("no value in 1", "cell4"),
+        lambda kit: kit.cells(_no_batch),
+    ),
+    Row("one type", f"{COMPARED} --batch_key batch --label_key kind", ("one type, 'T'", "two types"), _one("kind", "T")),
+    Row("no type at all", f"{COMPARED} --batch_key batch --label_key kind", ("no type at all",), _one("kind", "unknown")),
+    Row(
+        "an unknown method",
+        f"{COMPARED} --batch_key batch --label_key cell_type --methods zero-shot pca-hgv",
+        ("'pca-hgv'", "did you mean PCA HVG"),
+    ),
+    Row("no baseline", f"{COMPARED} --batch_key batch --label_key cell_type --methods zero-shot", ("no baseline", "PCA HVG")),
+    Row(
+        "logarithms only",
+        f"{COMPARED} --batch_key batch --label_key cell_type",
+        ("no counts", "layers['counts']"),
+        lambda kit: kit.cells(lambda adata: setattr(adata, "X", adata.X.log1p() * 0.9)),
+    ),
+    Row("no seed", f"{COMPARED} --batch_key batch --label_key cell_type --seeds 0", ("--seeds 0", "at least 1")),
+    Row(
+        "cells without columns",
+        "compare integrate cells.txt --batch_key batch --label_key cell_type --out out",
+        ("cells.txt",),
+        lambda kit: (kit.folder / "cells.txt").write_text("1,2"),
+    ),
+]
+
+ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES + COMPARISONS
 
 FINE = [
     Row(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
-from annformer.card import model_card
+from annformer.card import Ratio, model_card
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "ship_model.py"
 
 SOURCES = [
     {"study": "blood", "cells": 2896, "source": "someone/repository abc123", "licence": "GPL-3"},
@@ -46,7 +51,7 @@ def card(errors: dict[str, float] | None = None, **changes: Any) -> str:
         ),
         ({"gep": 155, "gene mean": 160, "ridge": 150}, "better than each gene's mean, but WORSE than a ridge on the visible genes**"),
         ({"gep": 170, "gene mean": 160, "ridge": 150}, "expression WORSE than each gene's mean and a ridge on the visible genes**"),
-        ({"gep": 160, "gene mean": 160}, "expression WORSE than each gene's mean**"),
+        ({"gep": 160, "gene mean": 160}, "expression no better than (ties with) each gene's mean**"),
         ({"gep": 140, "gene mean": 160}, "It was not held against a ridge."),
         ({"gep": 140}, "**It was not held against any simple predictor**"),
     ],
@@ -56,6 +61,29 @@ def test_the_first_paragraph_says_what_is_lost(errors, words):
     assert title == "# small"
     assert words in first
     assert f"is {errors['gep']:.1f} bins²" in first
+
+
+def test_the_first_paragraph_goes_by_the_interval():
+    errors = {"gep": 140, "gene mean": 160, "ridge": 141}
+    ratios = {"gene mean": Ratio(0.875, 0.86, 0.9), "ridge": Ratio(0.993, 0.981, 1.004)}
+    first = card(errors, ratios=ratios).split("\n\n")[1]
+    assert "expression better than each gene's mean, but no better than (ties with) a ridge on the visible genes**" in first
+    assert "141.0 by a ridge on the visible genes (ratio 0.993, 0.981 to 1.004)" in first
+    assert "160.0 by each gene's mean (ratio 0.875, 0.860 to 0.900)" in first
+    assert "95 %" in first
+    assert "WORSE than a ridge" in card(errors, ratios={"ridge": Ratio(1.02, 1.001, 1.04)})
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the scripts are not part of an installed package")
+def test_the_script_that_ships_a_model_reads_what_the_evaluation_writes():
+    spec = spec_from_file_location("ship_model", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    row = pd.Series({"GEP": 143.6, "GEP / gene mean": "0.889 (0.867 to 0.914) beats", "GEP / ridge": "0.995 (0.980 to 1.003) ties"})
+    assert script.ratios(row) == {"gene mean": (0.889, 0.867, 0.914), "ridge": (0.995, 0.98, 1.003)}
+    assert [ratio.verdict for ratio in script.ratios(row).values()] == ["beats", "ties"]
 
 
 def test_sections_stand_in_order_and_empty_ones_do_not():

@@ -30,6 +30,20 @@ class Interrupted(TrainingPlan):
         super().training_step(batch, index)
 
 
+class Unwritable(TrainingPlan):
+    """Finds a folder where the log was, in its fifth step, as a disk may refuse to be written to at any time."""
+
+    def training_step(self, batch, index) -> None:
+        if batch[0] == 4 and self.global_rank == 0:
+            path = Path(self.trainer.loggers[0].path)
+            path.unlink()
+            path.mkdir()
+        super().training_step(batch, index)
+
+
+PLANS = {"interrupt": Interrupted, "log": Unwritable}
+
+
 def make(run: dict[str, Any]) -> None:
     """Train as `run` tells, with NaN in the row of the gene that `poison` names."""
     store = StoreSource(run["store"])
@@ -39,9 +53,9 @@ def make(run: dict[str, Any]) -> None:
     if gene := run.get("poison"):
         with torch.no_grad():
             model.encoder.gene.weight[store.vocab[gene]] = torch.nan
-    plan = (Interrupted if run.get("interrupt") else TrainingPlan)(model, config.train, data.n_steps)
+    plan = PLANS.get(run.get("plan"), TrainingPlan)(model, config.train, data.n_steps)
     out = Path(run["out"])
-    out.mkdir(exist_ok=True, parents=True)
+    (out / "log.csv" if run.get("no_log") else out).mkdir(exist_ok=True, parents=True)
     fit(plan, data, out, Machine(accelerator="cpu", **run.get("machine", {})))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from annformer.tasks.embedding import embed as embed
     from annformer.tasks.embedding import embed_file as embed_file
     from annformer.tasks.inspection import inspect as inspect
+    from annformer.tasks.integration import BatchIntegrator as BatchIntegrator
     from annformer.tokenizer import TokenizerSettings as TokenizerSettings
     from annformer.vocab import GeneVocab as GeneVocab
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AnnDataSource": "annformer.data.anndata",
     "AnnformerWarning": "annformer.errors",
+    "BatchIntegrator": "annformer.tasks.integration",
     "GeneVocab": "annformer.vocab",
     "InputError": "annformer.errors",
     "ModelConfig": "annformer.model.config",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import yaml
 
 FLOORS: Final = {"gene mean": "each gene's mean", "ridge": "a ridge on the visible genes"}
 """Simple predictors of hidden expression, as they are named in `held_out_squared_error`, in words."""
+_VERDICTS: Final = {"beats": "better than", "ties": "no better than (ties with)", "loses": "WORSE than"}
 CITATION: Final = (
     "The idea, the losses and the way of training are those of scGPT; whoever uses this model should cite it:\n\n"
     "> Cui H, Wang C, Maan H, et al. scGPT: toward building a foundation model for single-cell multi-omics using generative AI. "
@@ -17,11 +19,28 @@ CITATION: Final = (
 )
 
 
+class Ratio(NamedTuple):
+    """The model's squared error over a simple predictor's, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """*beats*, *loses*, or *ties* where the interval holds equal errors."""
+        return "beats" if self.high < 1 else "loses" if self.low > 1 else "ties"
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}, {self.low:.3f} to {self.high:.3f}"
+
+
 def model_card(
     name: str,
     provenance: Mapping[str, Any],
     *,
     sources: Sequence[Mapping[str, object]],
+    ratios: Mapping[str, Ratio] = MappingProxyType({}),
     curve: Sequence[Mapping[str, object]] = (),
     facts: Mapping[str, object],
     evaluation: Mapping[str, str],
@@ -43,6 +62,8 @@ def model_card(
     sources
         One row for each study that the cells come from, all with the same keys: `study`, `licence` and whatever else, such as `tissue`,
         `cells`, `source`.
+    ratios
+        By the names of `FLOORS`: then the first paragraph goes by the interval and not by the errors alone.
     curve
         One row for each of a few steps, all with the same keys.
     facts
@@ -53,7 +74,7 @@ def model_card(
         Of the weights.
     """
     parts = {
-        "": [_first_line(provenance["held_out_squared_error"]), _bullets([f"{what}: {value}" for what, value in facts.items()])],
+        "": [_first_line(provenance["held_out_squared_error"], ratios), _bullets([f"{what}: {value}" for what, value in facts.items()])],
         "Data": [_data(provenance, sources)],
         "Recipe": [_recipe(provenance)],
         "Curve": [_CURVE, _table(curve)] if curve else [],
@@ -71,18 +92,22 @@ def model_card(
     return "\n\n".join(texts) + "\n"
 
 
-def _first_line(errors: Mapping[str, float]) -> str:
+def _first_line(errors: Mapping[str, float], ratios: Mapping[str, Ratio]) -> str:
     """Say whether expression that the model does not see is predicted better than simple predictors do."""
     known = {floor: words for floor, words in FLOORS.items() if floor in errors}
-    beaten = [words for floor, words in known.items() if errors["gep"] < errors[floor]]
-    lost = [words for floor, words in known.items() if errors["gep"] >= errors[floor]]
-    said = [f"better than {' and '.join(beaten)}"] if beaten else []
-    said += [f"WORSE than {' and '.join(lost)}"] if lost else []
-    numbers = ", ".join(f"{errors[floor]:.1f} by {words}" for floor, words in known.items())
+    met = {floor: ratios.get(floor) or Ratio(*[errors["gep"] / errors[floor]] * 3) for floor in known}
+    said = []
+    for verdict, start in _VERDICTS.items():
+        if of := [words for floor, words in known.items() if met[floor].verdict == verdict]:
+            said.append(f"{start} {' and '.join(of)}")
+    numbers = ", ".join(
+        f"{errors[floor]:.1f} by {words}" + (f" (ratio {ratios[floor]})" if floor in ratios else "") for floor, words in known.items()
+    )
     missing = "" if "ridge" in known else " It was not held against a ridge."
-    verdict = f"It predicts hidden expression {', but '.join(said)}" if said else "It was not held against any simple predictor"
+    claim = f"It predicts hidden expression {', but '.join(said)}" if said else "It was not held against any simple predictor"
     against = f" against {numbers}" if numbers else ""
-    return f"**{verdict}**: on held-out cells its mean squared error is {errors['gep']:.1f} bins²{against}.{missing}"
+    interval = " Ratios are the model's error over the other's, with their 95 % intervals." if ratios else ""
+    return f"**{claim}**: on held-out cells its mean squared error is {errors['gep']:.1f} bins²{against}.{interval}{missing}"
 
 
 def _data(provenance: Mapping[str, Any], sources: Sequence[Mapping[str, object]]) -> str:

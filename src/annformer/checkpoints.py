@@ -25,6 +25,8 @@ from annformer.vocab import GeneVocab
 
 MODEL_FILES: Final = ("config.json", "vocab.json", "model.safetensors", "README.md")
 """What a model folder of ours holds."""
+CORRECTION: Final = "correction.safetensors"
+"""What the folder of an integrated model may hold beside them."""
 AUTHORS_FILES: Final = ("args.json", "vocab.json", "best_model.pt")
 """What a checkpoint folder of the authors holds."""
 STAMP: Final = ".verified.json"
@@ -308,7 +310,7 @@ def write_folder(folder: Path, known: Sequence[str], fill: Callable[[Path], None
         fill(fresh)
         fresh.chmod(0o755)
         for path in (*fresh.iterdir(), fresh):
-            _flush(path)
+            to_disk(path)
         _swap(fresh, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors have their own words for a full disk
         found = f"{folder} cannot be written: {error}"
@@ -320,7 +322,8 @@ def write_folder(folder: Path, known: Sequence[str], fill: Callable[[Path], None
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from annformer.data.source import CellSource
+from annformer.durations import in_words
 from annformer.scgpt import ScGPT
-from annformer.tokenizer import TokenizerSettings, n_kept, tokenize
+from annformer.tokenizer import TokenizerSettings, n_kept
 from annformer.tokens import CellBatch, TokenBatch
 
 CELLS_PER_READ = 512
@@ -69,6 +70,7 @@ def encode_cells(
     size: int | None = None,
     max_tokens: int | None = None,
     workers: int = 1,
+    labels: Mapping[str, Int[np.ndarray, "cell"]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, "cell"], Float[np.ndarray, "cell width"]]]:
     """Cell states of all cells of `source`, run by run, in the order of the source.
@@ -87,6 +89,8 @@ def encode_cells(
         Tokens per forward; by default `TOKENS_PER_FORWARD` of the device. A cell longer than that still goes through, alone.
     workers
         Threads that read and tokenize ahead; 0 does it in turn.
+    labels
+        Codes of every cell of `source` by role, for a network that reads more than genes and values.
     advance
         Called with the number of cells after every forward, for a progress bar.
 
@@ -98,7 +102,7 @@ def encode_cells(
     _require_measured(source, settings)
     batches = iter(source.batches(size or CELLS_PER_READ, vocab=model.vocab, start=start))
     with evaluating(model):
-        for prepared in read_ahead(batches, lambda cells: _prepare(cells, model, settings), workers):
+        for prepared in read_ahead(batches, lambda cells: _prepare(cells, model, settings, labels), workers):
             yield prepared.rows, _encode(model, prepared, max_tokens, advance)
 
 
@@ -163,9 +167,18 @@ def read_ahead(items: Iterator[T], work: Callable[[T], R], workers: int) -> Iter
                 future.cancel()
 
 
-def _prepare(cells: CellBatch, model: ScGPT, settings: TokenizerSettings) -> _Prepared:
-    order = np.argsort(np.diff(cells.counts.indptr), kind="stable")
-    return _Prepared(cells.rows, order, tokenize(cells.take(order), settings, cls_id=model.vocab.cls_id))
+def _prepare(
+    cells: CellBatch, model: ScGPT, settings: TokenizerSettings, labels: Mapping[str, Int[np.ndarray, "cell"]] | None = None
+) -> _Prepared:
+    if labels is not None:
+        cells = cells._replace(labels={role: codes[cells.rows] for role, codes in labels.items()})
+    order = np.argsort(_n_read(cells, model), kind="stable")
+    return _Prepared(cells.rows, order, model.tokenize(cells.take(order), settings))
+
+
+def _n_read(cells: CellBatch, model: ScGPT) -> Int[np.ndarray, "cell"]:
+    """Expressed genes that the model reads, of every cell."""
+    return np.diff((cells if model.panel is None else cells.over(model.panel)).counts.indptr)
 
 
 def _encode(
@@ -228,6 +241,8 @@ def _part(tokens: TokenBatch, first: int, last: int) -> TokenBatch:
     per_token = ("gene_ids", "values", "flags", "dose", "targets", "modality")
     cut = {name: value[begin:end] for name in per_token if (value := getattr(tokens, name)) is not None}
     labels = {name: label[first:last] for name, label in tokens.labels.items()}
+    if tokens.expression is not None:
+        cut["expression"] = tokens.expression[first:last]
     return tokens._replace(**cut, offsets=tokens.offsets[first : last + 1] - begin, n_visible=tokens.n_visible[first:last], labels=labels)
 
 
@@ -246,7 +261,7 @@ class Estimate:
         """For people."""
         rate = self.n_cells / max(self.seconds, 1e-9)
         head = (
-            f"{self.n_cells:,} cells with {self.mean_tokens:,.0f} tokens on average: about {_span(self.seconds)}"
+            f"{self.n_cells:,} cells with {self.mean_tokens:,.0f} tokens on average: about {in_words(self.seconds)}"
             f" ({rate:,.{0 if rate >= 10 else 1}f} cells/s) and {self.memory_bytes / 1e9:.1f} GB of memory"
         )
         return [head, *([f"shorter with {'; '.join(self.hints)}"] if self.hints else [])]
@@ -288,7 +303,8 @@ def estimate(
     encoding = _seconds_per_cell(model, cells, settings, max_tokens, n_timed)
     on_cpu = next(model.parameters()).device.type == "cpu"  # there, reading ahead and the network share the cores
     seconds = n_cells * (preparing + encoding if on_cpu else max(preparing, encoding))
-    n_expressed, n_zeros = n_kept(np.diff(cells.counts.indptr), cells.n_measured, settings)
+    chosen = cells if model.panel is None else cells.over(model.panel)
+    n_expressed, n_zeros = n_kept(np.diff(chosen.counts.indptr), chosen.n_measured, settings)
     lengths = 1 + n_expressed + n_zeros
     return Estimate(n_cells, float(lengths.mean()), seconds, _memory(model, n_cells, max_tokens), _hints(model, lengths, seconds))
 
@@ -329,15 +345,9 @@ def _hints(model: ScGPT, lengths: Int[np.ndarray, "cell"], seconds: float) -> tu
         return ()
     half = int(lengths.max()) // 2
     share = np.minimum(lengths, half).sum() / lengths.sum()
-    hints = [f"max_length {half} (fewer genes of the long cells): about {_span(seconds * share)}"]
+    hints = [f"max_length {half} (fewer genes of the long cells): about {in_words(seconds * share)}"]
     if next(model.parameters()).device.type == "cpu":
         hints.append("device cuda" if torch.cuda.is_available() else "a GPU (device cuda)")
     config = model.config.model
     hints.append(f"a smaller model (this one is {config.n_layers} layers deep and {config.width} wide)")
     return tuple(hints)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -64,9 +64,9 @@ def threshold(hashes: UInt64[ndarray, "gene"], n: int) -> np.uint64:
 
 
 @jit
-def keep(hashes: UInt64[ndarray, "gene"], largest: np.uint64, kept: UInt32[ndarray, "gene+1"]) -> None:
-    """List the genes whose hash is at most `largest`, in their order. Writing first and counting then avoids a branch."""
-    place = np.uint64(0)
+def keep(hashes: UInt64[ndarray, "gene"], n: int, kept: UInt32[ndarray, "gene+1"]) -> None:
+    """List the n genes with the smallest hashes, in their order. Writing first and counting then avoids a branch."""
+    largest, place = threshold(hashes, n) if n < len(hashes) else LARGEST, np.uint64(0)
     for i in range(len(hashes)):
         kept[place] = i
         place += np.uint64(hashes[i] <= largest)

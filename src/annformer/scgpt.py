@@ -11,7 +11,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from pydantic import Field, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,13 +27,13 @@ from annformer.errors import AnnformerWarning, input_error
 from annformer.model.config import ModelConfig
 from annformer.model.encoder import CellEncoder, Wanted
 from annformer.objectives import AnyObjectiveConfig, Loss, Objective, build
-from annformer.tokenizer import TokenizerSettings
-from annformer.tokens import Encoded, TokenBatch
+from annformer.tokenizer import TokenizerSettings, tokenize
+from annformer.tokens import CellBatch, Encoded, TokenBatch
 from annformer.vocab import GeneVocab
 
 FORMAT = 1
 """Number of the format of `config.json` and of the names in `model.safetensors`."""
-YOUNGER = frozenset({"tokenizer.zeros"})
+YOUNGER = frozenset({"tokenizer.zeros", "model.view"})
 """Settings that older folders of this format lack; the default says what was done before they existed."""
 HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """Form of a repository's name on the Hugging Face Hub, with or without a revision."""
@@ -49,6 +51,8 @@ class ModelFolderConfig(Config):
     """By name, which is also the name of the head's tensors."""
     untrained_genes: tuple[str, ...] = ()
     """Genes of the vocabulary that the training cells hardly express: their rows mean nothing, and no data are read for them."""
+    panel: tuple[str, ...] = ()
+    """Genes that a fine-tuned model reads, in the order of its expression view if it has one; none: all that the vocabulary knows."""
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Where the weights come from: `name`, and whatever its maker wrote down."""
 
@@ -74,6 +78,7 @@ class ScGPT(nn.Module):
         untrained = tuple(token for token in vocab.tokens if token in vocab.untrained)
         self.config = config if config.untrained_genes == untrained else config.model_copy(update={"untrained_genes": untrained})
         self.vocab = vocab
+        self.panel = self._panel_ids()
         self.encoder = CellEncoder(config.model)
         self.objectives = nn.ModuleDict({name: build(settings, config.model) for name, settings in config.objectives.items()})
 
@@ -102,7 +107,7 @@ class ScGPT(nn.Module):
         model.load_state_dict(weights)
         return model.to(device).eval()
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, correction: Mapping[str, Tensor] | None = None) -> None:
         """Write `config.json`, `vocab.json`, `model.safetensors` and `README.md`, whole or not at all.
 
         A model that stands there is replaced; a folder with anything else in it is refused.
@@ -111,6 +116,8 @@ class ScGPT(nn.Module):
         ----------
         card
             Text of the model card; by default one is made from the settings.
+        correction
+            Tensors of a `BatchIntegrator` that are no weights of the network; they become a file of their own.
         """
 
         def fill(fresh: Path) -> None:
@@ -119,8 +126,10 @@ class ScGPT(nn.Module):
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
             (fresh / "README.md").write_text(card if card is not None else self._card(), encoding="utf-8")
+            if correction is not None:
+                save_file(dict(correction), fresh / checkpoints.CORRECTION)
 
-        checkpoints.write_folder(Path(folder), checkpoints.MODEL_FILES, fill)
+        checkpoints.write_folder(Path(folder), (*checkpoints.MODEL_FILES, checkpoints.CORRECTION), fill)
 
     def save_for_authors(
         self, folder: str | Path, *, spelling: Literal["Wqkv", "in_proj"] = "Wqkv", drop: Collection[str] = ()
@@ -147,6 +156,11 @@ class ScGPT(nn.Module):
         unread = f"{n_untrained:,} genes of the vocabulary are untrained: annformer does not read them"
         return [*theirs.notes, f"{unread}, their code will, unless you leave them out of the data"]
 
+    def tokenize(self, cells: CellBatch, settings: TokenizerSettings | None = None) -> TokenBatch:
+        """Cells as tokens of this model; `settings` stand in for its own."""
+        view = self.config.model.view > 0
+        return tokenize(cells, settings or self.tokenizer, cls_id=self.vocab.cls_id, panel=self.panel, view=view)
+
     @property
     def tokenizer(self) -> TokenizerSettings:
         """How cells become tokens for this model."""
@@ -160,7 +174,12 @@ class ScGPT(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of settings, vocabulary and weights: results of two models with the same fingerprint may be mixed."""
-        digest = hashlib.sha256(self.config.model_dump_json(exclude={"provenance"}).encode())
+        unused: dict[str, Any] = {"provenance": True}  # and what older models never heard of, where it says nothing
+        if not self.config.panel:
+            unused["panel"] = True
+        if not self.config.model.view:
+            unused["model"] = {"view"}
+        digest = hashlib.sha256(self.config.model_dump_json(exclude=unused).encode())
         digest.update("\n".join(self.vocab.tokens).encode())
         for key, tensor in sorted(self.state_dict().items()):
             digest.update(key.encode())
@@ -180,6 +199,16 @@ class ScGPT(nn.Module):
         if labels:
             found = f"the model {self.name} was fine-tuned with a {' and a '.join(labels)}"
             raise input_error(found, "a model that reads genes and values only", "embed with the pretrained model it was made from")
+
+    def _panel_ids(self) -> Int[np.ndarray, "panel"] | None:
+        names, view = self.config.panel, self.config.model.view
+        if unknown := [name for name in names if name not in self.vocab]:
+            found = f"the panel has {len(unknown)} genes that the vocabulary lacks, such as {unknown[0]!r}"
+            raise input_error(found, "genes of the vocabulary", "use the files of the model as they were written")
+        if view not in (0, len(names)):
+            found = f"the view reads {view} genes, the panel has {len(names)}"
+            raise input_error(found, "a view of the whole panel", "use the files of the model as they were written")
+        return np.array([self.vocab[name] for name in names], np.int64) if names else None
 
     def losses(self, tokens: TokenBatch) -> dict[str, Loss]:
         """Losses of all objectives by name, unweighted; each objective has its own `weight`."""

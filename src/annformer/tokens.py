@@ -49,6 +49,13 @@ class CellBatch(NamedTuple):
         studies, place = np.unique(self.measured.study, return_inverse=True)
         return np.count_nonzero(self.measured.genes[studies], axis=1)[place]
 
+    def over(self, gene_ids: Int[np.ndarray, "panel"]) -> Self:
+        """Only the columns of these genes, as far as they are there, in ascending id."""
+        columns = np.flatnonzero(np.isin(self.gene_ids, gene_ids))
+        columns = columns[np.argsort(self.gene_ids[columns])]
+        measured = None if self.measured is None else self.measured._replace(genes=self.measured.genes[:, columns])
+        return self._replace(counts=self.counts[:, columns], gene_ids=self.gene_ids[columns], measured=measured)
+
     def take(self, cells: Int[np.ndarray, "some"]) -> Self:
         """Only the given cells, in this order."""
         labels = {role: codes[cells] for role, codes in self.labels.items()}
@@ -74,6 +81,8 @@ class TokenBatch(NamedTuple):
     labels: dict[str, Int[Tensor, "cell"]]
     cell: Float[Tensor, "cell width"] | None
     """Given cell states that replace the embedded `<cls>`: to generate from (cell prompt)."""
+    expression: Float[Tensor, "cell panel"] | None = None
+    """Log-normalised expression of the genes of the model's panel, NaN where a gene was not measured; needs `view` in the ModelConfig."""
 
     @property
     def n_cells(self) -> int:
@@ -127,6 +136,7 @@ class TokenBatch(NamedTuple):
         for name, label in self.labels.items():
             assert label.shape == (cells,), f"label {name!r} has shape {tuple(label.shape)}, expected ({cells},)"
         assert self.cell is None or self.cell.shape[0] == cells, "cell holds one state per cell"
+        assert self.expression is None or self.expression.shape[0] == cells, "expression holds one row per cell"
         return self
 
 

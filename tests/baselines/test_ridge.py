@@ -26,24 +26,36 @@ def squared_errors(ridge: VisibleGeneRidge, visible: sp.csr_array, asked: sp.csr
 
 
 def test_planted_dependence_is_found():
-    ridge = VisibleGeneRidge(rank=30, strengths=(0.01, 0.1, 1.0, 10.0)).fit(*planted(2_000, 0), held_out=planted(200, 1))
+    ridge = VisibleGeneRidge(ranks=(30,), strengths=(0.01, 0.1, 1.0, 10.0)).fit(*planted(2_000, 0), held_out=planted(200, 1))
     ours, mean = squared_errors(ridge, *planted(300, 2))
     assert ours < 0.4 * mean
 
 
 def test_without_dependence_the_strongest_penalty_is_chosen_and_costs_nothing():
     strengths = (0.001, 1.0, 1e6)
-    ridge = VisibleGeneRidge(rank=30, strengths=strengths).fit(*planted(300, 0, signal=0.0), held_out=planted(300, 1, signal=0.0))
+    ridge = VisibleGeneRidge(ranks=(30,), strengths=strengths).fit(*planted(300, 0, signal=0.0), held_out=planted(300, 1, signal=0.0))
     assert ridge.strength_ == 1e6
-    assert ridge.errors_[1e6] < ridge.errors_[0.001]
+    assert ridge.errors_[30, 1e6] < ridge.errors_[30, 0.001]
     ours, mean = squared_errors(ridge, *planted(300, 2, signal=0.0))
     assert ours == pytest.approx(mean, rel=0.01)
+
+
+def test_the_rank_that_is_needed_is_chosen():
+    ranks = (1, 30)
+    ridge = VisibleGeneRidge(ranks=ranks, strengths=(0.01, 1.0)).fit(*planted(2_000, 0), held_out=planted(200, 1))
+    assert ridge.rank_ == 30  # two factors do not fit into one direction
+    assert set(ridge.errors_) == {(rank, strength) for rank in ranks for strength in (0.01, 1.0)}
+    assert ridge.errors_[30, ridge.strength_] == min(ridge.errors_.values())
+    alone = VisibleGeneRidge(ranks=(30,), strengths=(ridge.strength_,)).fit(*planted(2_000, 0))
+    assert squared_errors(ridge, *planted(300, 2)) == pytest.approx(squared_errors(alone, *planted(300, 2)))
+    few = VisibleGeneRidge(ranks=(1,), strengths=(1.0,)).fit(*planted(2_000, 0))
+    assert squared_errors(few, *planted(300, 2))[0] > 1.2 * squared_errors(ridge, *planted(300, 2))[0]
 
 
 @pytest.mark.parametrize("n_cells", [25, 400])  # fewer and more cells than components: both systems of equations
 def test_weights_are_those_of_the_ridge_in_closed_form(n_cells):
     visible, asked = planted(n_cells, 0)
-    ridge = VisibleGeneRidge(rank=20, strengths=(0.7,), smoothing=2.0).fit(visible, asked)
+    ridge = VisibleGeneRidge(ranks=(20,), strengths=(0.7,), smoothing=2.0).fit(visible, asked)
     z = ridge._project(visible).astype(np.float64)
     for gene in (0, 17):
         cells = asked[:, [gene]].nonzero()[0]
@@ -54,7 +66,7 @@ def test_weights_are_those_of_the_ridge_in_closed_form(n_cells):
 
 def test_the_asked_values_of_a_cell_do_not_reach_its_input():
     visible, asked = planted(200, 0)
-    ridge = VisibleGeneRidge(rank=10).fit(visible, asked)
+    ridge = VisibleGeneRidge(ranks=(10,)).fit(visible, asked)
     cells, genes = asked.nonzero()
     before = ridge.predict(visible, cells, genes)
     asked.data[:] = -1e9
@@ -66,7 +78,7 @@ def test_a_gene_that_was_never_asked_gets_its_mean_and_an_unknown_one_the_mean_o
     both = sp.csr_array(visible + asked)
     visible = sp.csr_array(sp.hstack([visible, asked[:, [3]], sp.csr_array((200, 1))]))  # gene 40: visible only; 41: nowhere
     asked = sp.csr_array(sp.hstack([asked, sp.csr_array((200, 2))]))
-    ridge = VisibleGeneRidge(rank=10, smoothing=0.0).fit(visible, asked)
+    ridge = VisibleGeneRidge(ranks=(10,), smoothing=0.0).fit(visible, asked)
     said = ridge.predict(visible, np.array([0, 0]), np.array([40, 41]))
     everything = np.concatenate([both.data, visible[:, [40]].data])
     assert said == pytest.approx([visible[:, [40]].data.mean(), everything.mean()])

@@ -2,18 +2,28 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.report import Bullets, Code, Facts, Note, Page, Table, Text, line_figure, scatter_figure
+from annformer.report import (
+    Bullets,
+    Code,
+    Facts,
+    Note,
+    Page,
+    Table,
+    Text,
+    dot_figure,
+    line_figure,
+    line_panels,
+    require_packages,
+    scatter_figure,
+)
+from browser import chromium, measured_on_phone, needs_browser
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 HOSTILE = "</script><script>document.title = 'stolen'</script>"
 
 
@@ -123,6 +133,61 @@ def test_the_still_image_has_two_panels_in_a_row(n_panels, wide, high):
     assert (round(width / (5.2 * 110)), round((height - 0.8 * 110) / (4.8 * 110))) == (wide, high)
 
 
+def size_of(png: bytes) -> tuple[int, int]:
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    return width, height
+
+
+def make_pairs():
+    rng = np.random.default_rng(0)
+    columns = pd.DataFrame({"batch": ["a", "b"] * 10, "type": ["T", "T", "B", "B"] * 5, "depth": rng.random(20)})
+    maps = {name: rng.normal(size=(20, 2)) for name in ("ours", "PCA", "Harmony")}
+    return scatter_figure(maps, columns, colour_by=["batch", "type"], caption="Pairs.")
+
+
+def make_dots():
+    values = pd.DataFrame({"ours": [0.5, 0.7], "PCA": [0.4, float("nan")]}, index=["B", "T"])
+    ends = {"F1": (values - 0.1, values + 0.1)}
+    return dot_figure({"F1": values, "silhouette": -values}, intervals=ends, marked=0.0, x="value", caption="Dots.")
+
+
+def test_every_map_is_drawn_once_for_each_of_the_columns_that_colour_it():
+    figure = make_pairs()
+    assert [figure.payload["columns"][n]["name"] for n in figure.payload["colour_by"]] == ["batch", "type"]
+    assert figure.alt.startswith("3 scatter plots (ours, PCA, Harmony) of 20 cells, coloured by batch and by type")
+    width, height = size_of(figure.png)
+    assert (round(width / (3.6 * 110)), round((height - 0.8 * 110) / (3.2 * 110))) == (2, 3)
+
+
+def test_dots_hold_values_and_intervals_in_the_order_of_the_table():
+    payload = make_dots().payload
+    assert (payload["rows"], payload["marked"]) == (["B", "T"], 0.0)
+    first, second = payload["measures"]
+    assert [series["name"] for series in first["series"]] == ["ours", "PCA"]
+    assert first["series"][0] == {"name": "ours", "x": [0.5, 0.7], "low": [0.4, 0.6], "high": [0.6, 0.8]}
+    assert first["series"][1]["x"] == [0.4, None]
+    assert "low" not in second["series"][0]
+
+
+def test_a_line_looks_the_same_in_every_panel():
+    lines = {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}
+    payload = line_panels({"both": lines, "b alone": {"b": lines["b"]}}, x="step", y="loss", caption="").payload
+    looks = {panel["title"]: {series["name"]: series["look"] for series in panel["series"]} for panel in payload["panels"]}
+    assert looks == {"both": {"a": 0, "b": 1}, "b alone": {"b": 1}}
+
+
+def test_signed_numbers_are_numbers():
+    table = Table(pd.DataFrame({"difference": ["+0.02", "-0.010"], "interval": ["-0.1 to +0.2", "+0.1 to +0.2"], "method": ["-x", "PCA"]}))
+    assert table.numeric == [True, True, False]
+
+
+def test_a_missing_package_is_said_before_there_is_a_page(monkeypatch):
+    require_packages()
+    monkeypatch.setattr("annformer.report.page.find_spec", lambda name: None if name == "plotly" else object())
+    with pytest.raises(ValueError, match=r"plotly.*\n.*\n.*annformer\[report\]"):
+        require_packages()
+
+
 def test_56_categories_all_look_different():
     payload = make_page().sections[0][1][1].payload
     looks = {(payload["colours"][i % len(payload["colours"])], payload["symbols"][i % len(payload["symbols"])]) for i in range(56)}
@@ -140,15 +205,7 @@ def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert target.read_text() == "before"
 
 
-def chromium(page: Path, profile: Path, *options: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=8000", "--enable-logging=stderr", *options, page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in run.stderr, run.stderr
-    return run.stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: what the page's script draws was not looked at")
+@needs_browser
 def test_script_draws_both_maps_and_the_curve_in_a_browser(tmp_path):
     page = make_page().write(tmp_path / "report.html")
     drawn = chromium(page, tmp_path / "profile", "--dump-dom")
@@ -156,3 +213,18 @@ def test_script_draws_both_maps_and_the_curve_in_a_browser(tmp_path):
     assert drawn.count('aria-pressed="true"') == 3
     assert "<title>A &lt;title&gt;</title>" in drawn
     assert 'class="scatterlayer' in drawn
+
+
+@needs_browser
+def test_pairs_dots_and_panels_are_drawn_and_fit_a_phone(tmp_path):
+    lines = {"a": ([0, 1], [1, 2])}
+    page = Page("Pairs").add("Maps", make_pairs()).add("Dots", make_dots())
+    page.add("Lines", line_panels({"one": lines, "two": lines}, x="step", y="loss", caption="Lines."))
+    path = page.write(tmp_path / "report.html")
+    drawn = chromium(path, tmp_path / "profile", "--dump-dom")
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 6 + 1 + 2
+    assert drawn.count("<select>") == 3
+    assert drawn.count('aria-pressed="true"') == 2 + 2 + 2
+    width, plots = measured_on_phone(path, tmp_path / "profile")
+    assert plots == 9
+    assert width <= 390, "the page is wider than a phone"

@@ -82,3 +82,37 @@ def test_what_is_said_of_a_file_that_cannot_be_written(number, words):
     message = str(checkpoint.cannot_write(Path("run/log.csv"), OSError(number, os.strerror(number))))
     assert f"run/log.csv cannot be written: {words}" in message
     assert "run the same command again" in message
+
+
+@pytest.mark.parametrize(
+    ("raised", "kept"),
+    [
+        (OSError(errno.ENOSPC, "full"), OSError),
+        (RuntimeError("a tensor that cannot be written"), RuntimeError),
+    ],
+)
+def test_why_a_file_cannot_be_written_waits_until_all_processes_can_end_together(tmp_path, monkeypatch, raised, kept):
+    def refuse(*_: object) -> None:
+        raise raised
+
+    files = checkpoint.CheckpointFiles()
+    monkeypatch.setattr(torch, "save", refuse)
+    files.save_checkpoint({}, tmp_path / "file")
+    assert isinstance(files.refusal, kept)
+    monkeypatch.undo()
+    files.save_checkpoint({}, tmp_path / "file")
+    assert files.refusal is None
+
+
+def test_of_a_file_that_does_not_grow_the_systems_reason_is_kept(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        try:
+            raise OSError(errno.EFBIG, "too large")
+        except OSError:
+            raise RuntimeError("PytorchStreamWriter failed")  # noqa: B904, EM101  # as torch does
+
+    files = checkpoint.CheckpointFiles()
+    monkeypatch.setattr(torch, "save", refuse)
+    files.save_checkpoint({}, tmp_path / "file")
+    assert isinstance(files.refusal, OSError)
+    assert files.refusal.errno == errno.EFBIG

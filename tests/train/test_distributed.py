@@ -19,7 +19,7 @@ from annformer.data.store import StoreSource
 from annformer.data.store_writer import write_store
 from annformer.errors import InputError
 from annformer.train.config import Machine
-from annformer.train.strategy import placement
+from annformer.train.strategy import placement, require_same_norm
 from train_runs import make
 
 N_STEPS = 20
@@ -98,7 +98,9 @@ def runs(store, folder):
             plan(f"{strategy}-domains", DOMAINS, labels=LABELS, **machine),
             plan(f"{strategy}-goes-on", PLAIN_IN_TURNS, **machine),
             plan(f"{strategy}-nan", PLAIN_IN_TURNS, poison=POISON, **machine),
-            plan(f"{strategy}-signal", PLAIN_IN_TURNS, interrupt=True, **machine),
+            plan(f"{strategy}-signal", PLAIN_IN_TURNS, plan="interrupt", **machine),
+            plan(f"{strategy}-log", PLAIN_IN_TURNS, plan="log", **machine),
+            plan(f"{strategy}-no-log", PLAIN_IN_TURNS, no_log=True, **machine),
         ]
     start_two(together, folder)
     for strategy in STRATEGIES:
@@ -209,6 +211,28 @@ def test_a_signal_to_one_process_stops_all_after_one_checkpoint(runs, strategy):
     assert (run / "end-1.txt").read_text() == "SaidElsewhere 0"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000005.ckpt"]
     assert list(losses(run).index) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["no-log", "log"])
+def test_a_log_that_cannot_be_written_ends_all_processes(runs, strategy, name):
+    """The first one writes it: before training, with the first validation, and in the middle."""
+    run = runs[f"{strategy}-{name}"]
+    said, other = (Path(run / f"end-{rank}.txt").read_text() for rank in (0, 1))
+    assert said.startswith(f"InputError {run / 'log.csv'} cannot be written")
+    assert other == "SaidElsewhere 0"
+
+
+@pytest.mark.parametrize(
+    ("machine", "norm"), [({"devices": 2}, "batch"), ({"nodes": 2}, "batch"), ({"devices": 2}, "domain"), ({}, "batch")]
+)
+def test_a_norm_of_each_process_alone_is_refused_where_there_are_several(tiny_model, machine, norm):
+    network = tiny_model.config.model.with_(input_norm=norm, n_batches=2)
+    if machine and norm == "batch":
+        with pytest.raises(InputError, match="2 processes are to train: each would normalise by its own cells only"):
+            require_same_norm(Machine(accelerator="cpu", **machine), network)
+    else:
+        require_same_norm(Machine(accelerator="cpu", **machine), network)
 
 
 @pytest.mark.slow

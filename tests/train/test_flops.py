@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from annformer.objectives.gep import GEPConfig
 from annformer.objectives.gepc import GEPCConfig
 from annformer.scgpt import ModelFolderConfig
 from annformer.tokens import TokenBatch
+from annformer.train import flops
 from annformer.train.flops import PEAK_FLOPS, batch_flops, peak_flops, step_flops
 
 
@@ -81,6 +85,34 @@ def test_single_precision_may_be_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cuda"), "32") == peaks["32"]
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak_flops(torch.device("cuda"), "32") == peaks["tf32"]
+
+
+def test_peak_of_another_gpu_is_measured_once_by_large_products_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def reached(*how: object) -> float:
+        asked.append(how)
+        return 5e13
+
+    monkeypatch.setattr(flops, "_reached", reached)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU 9")
+    device = torch.device("cuda", 7)
+    with caplog.at_level(logging.INFO, logger="annformer"):
+        assert [peak_flops(device, "bf16") for _ in range(2)] == [5e13, 5e13]
+    ((_, dtype, n, n_products),) = asked
+    assert dtype == torch.bfloat16
+    assert 2 * n**3 * n_products / 1e15 > 1e-3, "a GPU of 1,000 TFLOP/s is busy for a hundred times as long as a launch takes"
+    assert len(caplog.messages) == 1
+    assert "Some GPU 9" in caplog.messages[0]
+    assert "50 TFLOP/s" in caplog.messages[0]
+
+
+def test_rate_counts_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(times)))
+    assert flops._reached(torch.device("cpu"), torch.float32, 16, 3) == 3 * 2 * 16**3
 
 
 def test_peak_of_a_cpu_is_measured_once() -> None:

@@ -1,7 +1,19 @@
 """The simple method beside every task; knows nothing of the rest of annformer."""
 
+from annformer.baselines.expression import VariableGenes, highly_variable, log_normalised, scaled
 from annformer.baselines.gene_mean import gene_means
+from annformer.baselines.integration import INTEGRATION, available
 from annformer.baselines.pca import pca_embedding
 from annformer.baselines.ridge import VisibleGeneRidge
 
-__all__ = ["VisibleGeneRidge", "gene_means", "pca_embedding"]
+__all__ = [
+    "INTEGRATION",
+    "VariableGenes",
+    "VisibleGeneRidge",
+    "available",
+    "gene_means",
+    "highly_variable",
+    "log_normalised",
+    "pca_embedding",
+    "scaled",
+]

@@ -17,17 +17,17 @@ class VisibleGeneRidge:
 
     A cell's input has two numbers for each gene: its value less the gene's mean, divided by the standard deviation of all such differences,
     and 1 for "is visible"; both are 0 where the gene is not visible, and all are divided by the root of the number of visible genes. The
-    inputs are projected on their first `rank` singular vectors, z. Gene g is predicted as m_g + w_g . z, where m_g is its smoothed mean and
+    inputs are projected on their first singular vectors, z. Gene g is predicted as m_g + w_g . z, where m_g is its smoothed mean and
     w_g minimises, over the training cells in which g was asked, the sum of (value - m_g - w_g . z)^2 plus strength x |w_g|^2.
 
     Hide in training what will be hidden later, by the same rule: the inputs of a cell must not hold what it is asked for.
 
     Parameters
     ----------
-    rank
-        Singular vectors of the inputs that are kept.
+    ranks
+        Numbers of singular vectors that are kept, to choose from together with the penalty, by the squared error on held-out cells.
     strengths
-        Penalties to choose from, by the squared error on held-out cells.
+        Penalties to choose from.
     smoothing
         Observations at the mean of all that are added to each gene before its own mean is taken.
     n_cells_svd
@@ -37,9 +37,15 @@ class VisibleGeneRidge:
     """
 
     def __init__(
-        self, *, rank: int = 128, strengths: Sequence[float] = (30.0,), smoothing: float = 3.0, n_cells_svd: int = 4_000, seed: int = 0
+        self,
+        *,
+        ranks: Sequence[int] = (128,),
+        strengths: Sequence[float] = (30.0,),
+        smoothing: float = 3.0,
+        n_cells_svd: int = 4_000,
+        seed: int = 0,
     ) -> None:
-        self.rank = rank
+        self.ranks = ranks
         self.strengths = strengths
         self.smoothing = smoothing
         self.n_cells_svd = n_cells_svd
@@ -55,27 +61,41 @@ class VisibleGeneRidge:
         asked
             cell x gene; stored are the values of the genes to predict.
         held_out
-            The same of other cells, to choose among several strengths.
+            The same of other cells, to choose among several ranks and strengths.
         """
-        assert len(self.strengths) == 1 or held_out is not None, "a choice of strengths needs held-out cells"
+        assert len(self.ranks) * len(self.strengths) == 1 or held_out is not None, "a choice needs held-out cells"
         ids, values = np.concatenate([visible.indices, asked.indices]), np.concatenate([visible.data, asked.data])
         self.means_ = gene_means(ids, values, visible.shape[1], smoothing=self.smoothing)
         self.scale_ = float(np.sqrt(np.mean((values - self.means_[ids]) ** 2))) or 1.0
         self.components_ = self._singular_vectors(self._inputs(visible))
         z = self._project(visible)
         z_held, asked_held = (z[:0], asked[:0]) if held_out is None else (self._project(held_out[0]), held_out[1])
-        weights = np.zeros((len(self.strengths), visible.shape[1], z.shape[1]), dtype=np.float32)
-        errors = np.zeros(len(self.strengths))
-        held = _by_gene(asked_held)
-        for (gene, cells, found), (_, cells_held, found_held) in zip(_by_gene(asked), held, strict=True):
+        self.errors_: dict[tuple[int, float], float] = {}
+        for rank in self.ranks:
+            weights = self._weights(z[:, :rank], asked)
+            errors = self._errors(weights, z_held[:, :rank], asked_held)
+            best = int(errors.argmin())
+            if errors[best] < min(self.errors_.values(), default=np.inf):
+                self.weights_, self.rank_, self.strength_ = weights[best], weights.shape[2], self.strengths[best]
+            self.errors_ |= {(rank, strength): float(error) for strength, error in zip(self.strengths, errors, strict=True)}
+        self.components_ = np.ascontiguousarray(self.components_[:, : self.rank_])
+        return self
+
+    def _weights(self, z: Float[np.ndarray, "cell component"], asked: sp.csr_array) -> Float[np.ndarray, "strength gene component"]:
+        weights = np.zeros((len(self.strengths), asked.shape[1], z.shape[1]), dtype=np.float32)
+        for gene, cells, found in _by_gene(asked):
             if len(cells):
                 weights[:, gene] = _solve(z[cells], found - self.means_[gene], self.strengths)
-            said = z_held[cells_held] @ weights[:, gene].T
-            errors += (((found_held - self.means_[gene])[:, None] - said) ** 2).sum(axis=0)
-        best = int(errors.argmin())
-        self.weights_, self.strength_ = weights[best], self.strengths[best]
-        self.errors_ = dict(zip(self.strengths, (errors / max(asked_held.nnz, 1)).tolist(), strict=True))
-        return self
+        return weights
+
+    def _errors(
+        self, weights: Float[np.ndarray, "strength gene component"], z: Float[np.ndarray, "cell component"], asked: sp.csr_array
+    ) -> Float[np.ndarray, "strength"]:
+        """Mean squared error of each strength at asked genes."""
+        errors = np.zeros(len(weights))
+        for gene, cells, found in _by_gene(asked):
+            errors += (((found - self.means_[gene])[:, None] - z[cells] @ weights[:, gene].T) ** 2).sum(axis=0)
+        return errors / max(asked.nnz, 1)
 
     def predict(
         self, visible: sp.csr_array, cells: Int[np.ndarray, "asked"], genes: Int[np.ndarray, "asked"]
@@ -101,7 +121,7 @@ class VisibleGeneRidge:
         rng = np.random.default_rng(self.seed)
         n_cells = inputs.shape[0]
         some = np.sort(rng.permutation(n_cells)[: self.n_cells_svd])
-        rank = min(self.rank, len(some), inputs.shape[1])
+        rank = min(max(self.ranks), len(some), inputs.shape[1])
         _, _, vectors = randomized_svd(inputs[some], rank, n_iter=2, random_state=self.seed)
         return np.ascontiguousarray(vectors.T, dtype=np.float32)
 

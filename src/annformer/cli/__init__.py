@@ -11,6 +11,8 @@ COMMANDS = {
     "demo": "the main job on real cells that ship with a dependency: embed, annotate, one HTML page",
     "inspect": "what a file or a model is, whether it will work, what is odd about it",
     "embed": "cells in, the same cells with their embeddings out",
+    "integrate": "cells of several batches into one embedding, fine-tuned on them",
+    "compare": "a task by annformer and by the simple methods: scores, verdicts, one HTML page",
     "prepare": "data sets into one shuffled store for pretraining",
     "pretrain": "a store into a model, trained from scratch; goes on where it was stopped",
     "convert": "the authors' checkpoint folder into ours, or back",

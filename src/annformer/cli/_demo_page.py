@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +32,7 @@ def summary_lines(run: Run) -> list[str]:
 
 def write_page(run: Run, path: Path) -> None:
     """Put everything on one page."""
+    from annformer.comparison.facts import card_says, model_facts, version_facts
     from annformer.report import Bullets, Code, Facts, Note, Page, Table, Text
 
     page = Page(f"annformer demo: blood cells, embedded by {run.model.name}", _summary(run))
@@ -40,10 +40,10 @@ def write_page(run: Run, path: Path) -> None:
     page.add("Maps", maps(run))
     page.add("Labels of held-out cells", Text(_ANNOTATION), Table(annotation_table(run), _SPLITS))
     page.add("Agreement with the labels without learning any", Text(_CLUSTERING), Table(clustering_table(run), _clusters_by(run)))
-    page.add("The model", *[Text(text) for text in [_card_says(run.card)] if text], Facts(_model_facts(run)))
+    page.add("The model", *[Text(text) for text in [card_says(run.card)] if text], Facts(model_facts(run.model, run.card)))
     page.add("The cells", Facts(_data_facts(run)))
     page.add("What this does not show", Bullets(_caveats(run)))
-    page.add("How to get this page again", Code(run.command), Facts(_version_facts(run)))
+    page.add("How to get this page again", Code(run.command), Facts(version_facts(PACKAGES, seed=run.seed)))
     page.write(path)
 
 
@@ -147,32 +147,6 @@ def _summary(run: Run) -> str:
     )
 
 
-def _card_says(card: str) -> str:
-    """First paragraph of a model card, below its title."""
-    paragraphs = [" ".join(part.split()) for part in card.split("\n\n")]
-    return next((part.replace("**", "") for part in paragraphs if part and not part.startswith("#")), "")
-
-
-def _model_facts(run: Run) -> dict[str, object]:
-    model, sizes, made = run.model, run.model.config.model, run.model.config.provenance
-    told = {"made by": "made_by", "cells": "cells", "steps": "steps", "held-out error (bins²)": "held_out_squared_error"}
-    return {
-        "name": model.name,
-        "network": f"{sizes.n_layers} layers, {sizes.width} wide, {sizes.n_heads} heads",
-        "vocabulary": f"{len(model.vocab.genes):,} genes, {len(model.vocab.untrained):,} of them not learned and not read",
-        "tokens per cell": f"at most {model.tokenizer.max_length:,}",
-        **{name: _as_words(made[key]) for name, key in told.items() if key in made},
-        "full card": "README.md in the folder of the model" if run.card else "none",
-        "fingerprint": model.fingerprint,
-    }
-
-
-def _as_words(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_as_words(inner)}" for name, inner in value.items())
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
 def _data_facts(run: Run) -> dict[str, object]:
     from annformer.datasets import content_hash
 
@@ -189,16 +163,6 @@ def _data_facts(run: Run) -> dict[str, object]:
         "time": ", ".join(f"{what} {seconds:.0f} s" for what, seconds in run.seconds.items()),
         "SHA-256 of names and values": content_hash(run.adata),
     }
-
-
-def _version_facts(run: Run) -> dict[str, object]:
-    import platform
-
-    import torch
-
-    facts: dict[str, object] = {name: version(name) for name in PACKAGES}
-    machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
-    return {"seed": run.seed, "machine": machine} | facts
 
 
 def _caveats(run: Run) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from annformer.errors import input_error
+from annformer.cli._place import require_free
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,9 +88,10 @@ def make(folder: Path, adata: AnnData, model: str | Path, *, seed: int, command:
     """Do everything on `adata`, which is the data set of the demo or a part of it, and fill `folder`, whole or not at all."""
     from annformer.checkpoints import write_folder
     from annformer.cli._demo_page import write_page
+    from annformer.comparison.methods import reading_quietly
 
-    _require_free(folder, overwrite=overwrite)
-    with _one_thread(), _reading_quietly():
+    require_free(folder, FILES, "demo", overwrite=overwrite)
+    with _one_thread(), reading_quietly():
         run = compute(adata, model, seed=seed, command=command)
         log.info("[5/5] writing the page and the results")
 
@@ -106,15 +106,14 @@ def make(folder: Path, adata: AnnData, model: str | Path, *, seed: int, command:
 
 def compute(adata: AnnData, source: str | Path, *, seed: int, command: str) -> Run:
     """Embed, map, annotate, cluster."""
+    from annformer.comparison.facts import card_text
     from annformer.data.anndata import AnnDataSource
     from annformer.datasets import DATASETS
     from annformer.evaluate import leave_out_annotation
-    from annformer.scgpt import ScGPT, locate
+    from annformer.scgpt import ScGPT
 
     data, seconds = DATASETS[DATASET], dict[str, float]()
-    place = locate(source)
-    model = ScGPT.from_pretrained(place)
-    card = (place / "README.md").read_text(encoding="utf-8") if (place / "README.md").is_file() else ""
+    model, card = ScGPT.from_pretrained(source), card_text(source)
     with _step(1, f"embedding {adata.n_obs} cells with {model.name}, an untrained network, and PCA", seconds):
         represent(adata, model, seed)
     with _step(2, "neighbours and UMAP", seconds):
@@ -151,13 +150,10 @@ def _untrained(model: ScGPT, seed: int) -> ScGPT:
 
 def draw_maps(adata: AnnData, keys: list[str], seed: int) -> None:
     """Two-dimensional maps of all representations at `obsm[<key>_umap]`, with the same settings."""
-    import scanpy as sc
+    from annformer.report import umap
 
     for key in keys:
-        copy = sc.AnnData(obsm={"X": adata.obsm[key]})
-        sc.pp.neighbors(copy, n_neighbors=min(15, adata.n_obs - 1), use_rep="X", random_state=seed)
-        sc.tl.umap(copy, random_state=seed)
-        adata.obsm[f"{key}_umap"] = copy.obsm["X_umap"].astype(np.float32)
+        adata.obsm[f"{key}_umap"] = umap(adata.obsm[key], seed=seed)
 
 
 def metrics(run: Run) -> pd.DataFrame:
@@ -197,34 +193,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _reading_quietly() -> Iterator[None]:
-    """The same cells are read several times; what is found out about them stands on the page."""
-    reader = logging.getLogger("annformer.data")
-    before = reader.level
-    reader.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        reader.setLevel(before)
-
-
-@contextmanager
 def _step(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("[%d/5] %s", number, what)
     began = time.perf_counter()
     yield
     seconds[what] = time.perf_counter() - began
-
-
-def _require_free(folder: Path, *, overwrite: bool) -> None:
-    """Say before the work begins that its result would have no place."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or any(path.name not in FILES for path in folder.iterdir()):
-        found = f"{folder} exists and is not the folder of an earlier demo"
-        raise input_error(found, "a new folder", "give another --out")
-    if any(folder.iterdir()) and not overwrite:
-        found = f"{folder} holds an earlier demo"
-        raise input_error(found, "a new folder", "add --overwrite, or give another --out")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(13, "no permission", str(folder))

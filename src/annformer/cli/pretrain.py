@@ -71,8 +71,8 @@ def command(
 
     from annformer.data.store import StoreSource
     from annformer.train.config import Machine
-    from annformer.train.folder import is_first_rank
     from annformer.train.pretrain import pretrain
+    from annformer.train.ranks import is_first_rank
 
     if not is_first_rank():
         logging.getLogger("annformer").setLevel(logging.WARNING)

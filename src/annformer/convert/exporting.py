@@ -76,6 +76,8 @@ def _inexpressible(
     zero = {name: heads[name]["zero_probability"] for name in ("gep", "gepc", "affine") if name in heads}
     checks = {
         "dose: they have no dose": model.dose,
+        "view: their cell embedding reads tokens only": model.view > 0,
+        "anchor: they have no such objective (drop it)": "anchor" in heads,
         "project_asked=True: their asked tokens do not pass through out_proj, so predictions would differ (drop `asked` to embed only)": (
             generative and model.project_asked
         ),

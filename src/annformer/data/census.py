@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -31,7 +31,6 @@ from annformer.data.readers import SAMPLE_VALUES
 from annformer.data.studies import FileCells, Study, StudyCells
 from annformer.data.tables import FrameTable, unknown_name
 from annformer.errors import input_error
-from annformer.genes import read_orthologs
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +68,8 @@ class SomaStudy(Study):
         """Address, or name of the folder."""
         return Path(self.path).name if _is_folder(self.path) else self.path
 
-    def open(self, *, min_match: float = 0.1) -> StudyCells:
-        """Open it and find its cells; no value of X is read but a sample.
-
-        Parameters
-        ----------
-        min_match
-            Refuse it when a smaller share of its genes is known to a vocabulary.
-        """
-        orthologs = None if self.orthologs is None else read_orthologs(self.orthologs)
-        return _SomaCells(_open(self), gene_key=self.gene_key, layer=self.layer, orthologs=orthologs, min_match=min_match)
+    def _reader(self) -> Callable[..., StudyCells]:
+        return partial(_SomaCells, _open(self))
 
     def files(self) -> list[Path]:
         """The files that it consists of; none if it does not lie on this disk."""

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
 from annformer.data.tables import unknown_name
-from annformer.tokens import CellBatch
+from annformer.tokens import CellBatch, Measured
 from annformer.vocab import GeneVocab
 
 CELLS_PER_READ = 4096
@@ -110,9 +110,9 @@ class MemoryCells:
 
     def __init__(self, source: CellSource, vocab: GeneVocab, columns: Sequence[str] = ()) -> None:
         parts = list(source.batches(CELLS_PER_READ, vocab=vocab, label_keys={column: column for column in columns}))
-        self.gene_ids = parts[0].gene_ids
-        self.counts = sp.csr_array(sp.vstack([part.counts for part in parts], format="csr"))
-        self.counts.has_canonical_format = True
+        counts = sp.csr_array(sp.vstack([part.counts for part in parts], format="csr"))
+        counts.has_canonical_format = True
+        self._cells = CellBatch(counts, parts[0].gene_ids, np.arange(counts.shape[0]), {}, _measured(parts))
         self._names = source.obs_names
         self._codes = {column: np.concatenate([part.labels[column] for part in parts]) for column in columns}
         named: Mapping[str, Sequence[str]] = getattr(source, "categories", {})  # sources need not name what their codes stand for
@@ -121,22 +121,22 @@ class MemoryCells:
     @property
     def n_obs(self) -> int:
         """Number of cells."""
-        return int(self.counts.shape[0])
+        return len(self._cells.rows)
 
     @property
     def lengths(self) -> Int[np.ndarray, "cell"]:
         """Expressed genes of the vocabulary, of every cell."""
-        return np.diff(self.counts.indptr)
+        return np.diff(self._cells.counts.indptr)
 
     @property
     def n_measured(self) -> Int[np.ndarray, "cell"]:
-        """Genes of the vocabulary that the source has, for every cell."""
-        return np.full(self.n_obs, len(self.gene_ids))
+        """Genes of the vocabulary that were measured, of every cell: all that the source has, unless it says otherwise."""
+        return self._cells.n_measured
 
     def rows(self, rows: Int[np.ndarray, "cell"], label_keys: Mapping[str, str] | None = None) -> CellBatch:
         """Take the given cells, in this order."""
         labels = {role: self.codes(column)[rows] for role, column in (label_keys or {}).items()}
-        return CellBatch(self.counts[rows], self.gene_ids, np.asarray(rows, dtype=np.int64), labels)
+        return self._cells.take(rows)._replace(labels=labels)
 
     def names(self, rows: Int[np.ndarray, "cell"]) -> list[str]:
         """Names of cells."""
@@ -151,8 +151,22 @@ class MemoryCells:
         return self._categories[column]
 
 
-def random_cells(source: StoreSource | CellSource, vocab: GeneVocab, columns: Sequence[str] = ()) -> RandomCells:
+def _measured(parts: Sequence[CellBatch]) -> Measured | None:
+    """Bring together what the batches of a source say of measured genes; a set of genes that several of them have stands there once."""
+    if all(part.measured is None for part in parts):
+        return None
+    number: dict[bytes, int] = {}
+    study = []
+    for part in parts:
+        genes, of_cell = part.measured or (np.ones((1, len(part.gene_ids)), dtype=bool), np.zeros(len(part.rows), np.int64))
+        study.append(np.array([number.setdefault(row.tobytes(), len(number)) for row in genes])[of_cell])
+    return Measured(np.array([np.frombuffer(row, dtype=bool) for row in number]), np.concatenate(study))
+
+
+def random_cells(source: StoreSource | CellSource | MemoryCells, vocab: GeneVocab, columns: Sequence[str] = ()) -> RandomCells:
     """Make the cells of `source` readable in any order, with these label columns."""
+    if isinstance(source, MemoryCells):
+        return source
     if not isinstance(source, StoreSource):
         return MemoryCells(source, vocab, columns)
     for column in columns:

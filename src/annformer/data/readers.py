@@ -160,29 +160,12 @@ def _may_lack(indices: zarr.Array, n_missing: int, indptr: np.ndarray) -> bool:
     return n_zeros >= n_missing
 
 
-class CompressedRows:
-    """CSR in memory or on disk."""
+class _Sparse:
+    """What the stored values of a sparse matrix tell, whichever way they are ordered."""
 
-    stored = "by rows"
-
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, data: Any, shape: tuple[int, int]) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
-        self._data, self._indices, self._stored_indptr = data, indices, indptr
-        if not (indptr.shape[0] == self.shape[0] + 1 and data.shape == indices.shape):
-            lengths = f"indptr has {indptr.shape[0]} entries for {self.shape[0]} rows, data {data.shape[0]}, indices {indices.shape[0]}"
-            found = f"a sparse matrix does not fit together: {lengths}"
-            raise input_error(found, "rows + 1, and data as long as indices", "write the file again")
-
-    @cached_property
-    def indptr(self) -> Int[np.ndarray, "row+1"]:
-        """Where each row begins; the only part that is held whole."""
-        indptr = np.asarray(self._stored_indptr[:], dtype=np.int64)
-        if indptr[0] != 0 or indptr[-1] != self.n_values or (np.diff(indptr) < 0).any():
-            found = (
-                f"a sparse matrix does not fit together: its row pointer goes from {indptr[0]} to {indptr[-1]} over {self.n_values} values"
-            )
-            raise input_error(found, "a pointer that grows from 0 to the number of values", "write the file again")
-        return indptr
+        self._data = data
 
     @property
     def dtype(self) -> np.dtype:
@@ -199,15 +182,40 @@ class CompressedRows:
         """Rows that are best read together."""
         return _rows_at_once(self._data, self.n_values / self.shape[0])
 
+    def sample(self) -> np.ndarray:
+        """Some stored values."""
+        return _sample(self._data, SAMPLE_VALUES)
+
+
+class CompressedRows(_Sparse):
+    """CSR in memory or on disk."""
+
+    stored = "by rows"
+
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
+        super().__init__(data, shape)
+        self._indices, self._stored_indptr = indices, indptr
+        if not (indptr.shape[0] == self.shape[0] + 1 and data.shape == indices.shape):
+            lengths = f"indptr has {indptr.shape[0]} entries for {self.shape[0]} rows, data {data.shape[0]}, indices {indices.shape[0]}"
+            found = f"a sparse matrix does not fit together: {lengths}"
+            raise input_error(found, "rows + 1, and data as long as indices", "write the file again")
+
+    @cached_property
+    def indptr(self) -> Int[np.ndarray, "row+1"]:
+        """Where each row begins; the only part that is held whole."""
+        indptr = np.asarray(self._stored_indptr[:], dtype=np.int64)
+        if indptr[0] != 0 or indptr[-1] != self.n_values or (np.diff(indptr) < 0).any():
+            found = (
+                f"a sparse matrix does not fit together: its row pointer goes from {indptr[0]} to {indptr[-1]} over {self.n_values} values"
+            )
+            raise input_error(found, "a pointer that grows from 0 to the number of values", "write the file again")
+        return indptr
+
     def read(self, start: int, stop: int) -> Rows:
         """Read rows `start` to `stop`."""
         indptr = self.indptr[start : stop + 1]
         first, last = int(indptr[0]), int(indptr[-1])
         return Rows(indptr - first, self._indices[first:last], self._data[first:last])
-
-    def sample(self) -> np.ndarray:
-        """Some stored values."""
-        return _sample(self._data, SAMPLE_VALUES)
 
 
 class DenseRows:
@@ -249,14 +257,14 @@ class DenseRows:
         return _sample(self._array, max(1, SAMPLE_VALUES // max(1, self.shape[1])))
 
 
-class ColumnsReader:
+class ColumnsReader(_Sparse):
     """CSC: turned into rows once, when the first row is asked for."""
 
     stored = "by columns"
 
     def __init__(self, data: Any, shape: tuple[int, int], convert: Callable[[], Any]) -> None:
-        self.shape = (int(shape[0]), int(shape[1]))
-        self._data, self._convert = data, convert
+        super().__init__(data, shape)
+        self._convert = convert
 
     @cached_property
     def _rows(self) -> CompressedRows:
@@ -264,28 +272,9 @@ class ColumnsReader:
         rows = self._convert()
         return rows if isinstance(rows, CompressedRows) else CompressedRows(rows.data, rows.indices, rows.indptr, rows.shape)
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the values."""
-        return np.dtype(self._data.dtype)
-
-    @property
-    def n_values(self) -> int:
-        """Values that are stored."""
-        return int(self._data.shape[0])
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows that are best read together."""
-        return _rows_at_once(self._data, self.n_values / self.shape[0])
-
     def read(self, start: int, stop: int) -> Rows:
         """Read rows `start` to `stop`."""
         return self._rows.read(start, stop)
-
-    def sample(self) -> np.ndarray:
-        """Some stored values."""
-        return _sample(self._data, SAMPLE_VALUES)
 
 
 def _rows_of_columns(columns: CompressedRows) -> CompressedRows:

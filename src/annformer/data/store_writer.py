@@ -27,6 +27,7 @@ from annformer.data.store_partial import PartialStore, State
 from annformer.data.store_plan import Plan, make_plan, no_counts
 from annformer.data.store_shards import ShardWriter
 from annformer.data.studies import UNKNOWN, LabelCodes, Study, StudyCells
+from annformer.durations import in_words
 from annformer.errors import input_error
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
@@ -292,7 +293,7 @@ def _timed(progress: Progress | None, n_cells: int) -> Progress:
         if not said and seconds > SAY_TIME_AFTER:
             said = True
             rest = 1.5 * seconds * (n_cells - done) / max(done, 1)  # writing the shards takes about half as long as reading
-            logger.info("about %s left", f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min")
+            logger.info("about %s left", in_words(rest))
         if progress is not None:
             progress(phase, done, total)
 

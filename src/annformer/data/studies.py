@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -66,7 +67,7 @@ class Study(Config):
         return Path(self.path).name
 
     def open(self, *, min_match: float = 0.1) -> StudyCells:
-        """Open it; reads nothing but the tables.
+        """Open it; reads nothing but the tables, and of an experiment a sample of its values.
 
         Parameters
         ----------
@@ -74,7 +75,11 @@ class Study(Config):
             Refuse it when a smaller share of its columns is known to a vocabulary.
         """
         orthologs = None if self.orthologs is None else read_orthologs(self.orthologs)
-        return FileCells(self.path, gene_key=self.gene_key, layer=self.layer, orthologs=orthologs, min_match=min_match)
+        return self._reader()(gene_key=self.gene_key, layer=self.layer, orthologs=orthologs, min_match=min_match)
+
+    def _reader(self) -> Callable[..., StudyCells]:
+        """What opens it, without how the cells are to be read."""
+        return partial(FileCells, self.path)
 
     def files(self) -> list[Path]:
         """The files that it consists of."""

@@ -37,6 +37,8 @@ class ModelConfig(Config):
     """Number of modalities (RNA, protein, `<cls>`, ...) whose embedding the heads read beside the states."""
     n_flags: int = Field(0, ge=0)
     """Rows of the table of per-token conditions, 0 = none; 0 rows: no such table."""
+    view: int = Field(0, ge=0)
+    """Genes whose log-normalised expression the cell embedding reads beside the tokens (`ExpressionView`); 0: no such view."""
     dose: bool = False
     """Add `dose` times a learned direction to a token."""
     generative: bool = True

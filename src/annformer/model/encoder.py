@@ -13,6 +13,7 @@ from annformer.model.attention import Layout, attend
 from annformer.model.config import ModelConfig
 from annformer.model.dropout import Dropout
 from annformer.model.ranks import sum_over_ranks
+from annformer.model.view import ExpressionView
 from annformer.tokens import Encoded, TokenBatch
 
 Wanted = Literal["all", "cell", "targets"]
@@ -55,6 +56,7 @@ class CellEncoder(nn.Module):
             self.input_norm = nn.BatchNorm1d(width, eps=EPS_INPUT_NORM)
         elif config.input_norm == "domain":
             self.input_norm = DomainNorm(width, config.n_batches)
+        self.view = ExpressionView(config.view, width) if config.view else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         nn.init.uniform_(self.gene.weight, -0.1, 0.1)
 
@@ -83,6 +85,9 @@ class CellEncoder(nn.Module):
         states, rows = self.layers[-1](x, last), last.rows
         cls = tokens.offsets[:-1]
         cell = states if wanted == "cell" else states[cls if rows is None else torch.searchsorted(rows, cls)]
+        if self.view is not None:
+            assert tokens.expression is not None, "refused above"
+            cell = cell + self.view(tokens.expression)
         return Encoded(states=states, rows=rows, genes=genes, cell=cell, context=self._context(tokens))
 
     def gene_embedding(self, gene_ids: Int[Tensor, "gene"]) -> Float[Tensor, "gene width"]:
@@ -138,6 +143,7 @@ class CellEncoder(nn.Module):
                 ("flags", tokens.flags is not None, config.n_flags > 0),
                 ("dose", tokens.dose is not None, config.dose),
                 ("modality", tokens.modality is not None, config.n_modalities > 0),
+                ("expression", tokens.expression is not None, config.view > 0),
             )
             if given and not known
         ]
@@ -146,6 +152,9 @@ class CellEncoder(nn.Module):
             raise ValueError(msg)
         if (config.batch_context or config.input_norm == "domain") and "batch" not in tokens.labels:
             msg = f"this model needs labels['batch']; the batch carries {sorted(tokens.labels)}: give the source a batch_key"
+            raise ValueError(msg)
+        if config.view and tokens.expression is None:
+            msg = f"this model needs the expression of the {config.view} genes of its panel: tokenize(..., view=True)"
             raise ValueError(msg)
         if config.n_modalities and tokens.modality is None:
             msg = "this model needs the modality of every token"

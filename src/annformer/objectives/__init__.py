@@ -8,6 +8,7 @@ from pydantic import Field
 
 from annformer.model.config import ModelConfig
 from annformer.objectives.affine import Affine, AffineConfig
+from annformer.objectives.anchor import Anchor, AnchorConfig
 from annformer.objectives.cce import CCE, CCEConfig
 from annformer.objectives.cls import CLS, CLSConfig
 from annformer.objectives.dar import DAR, DARConfig
@@ -16,11 +17,20 @@ from annformer.objectives.gep import GEP, GEPConfig
 from annformer.objectives.gepc import GEPC, GEPCConfig
 from annformer.objectives.protocol import Encode, Loss, Objective, ObjectiveConfig, Prediction
 
-OBJECTIVES: dict[str, type[Objective]] = {"affine": Affine, "cce": CCE, "cls": CLS, "dar": DAR, "ecs": ECS, "gep": GEP, "gepc": GEPC}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "affine": Affine,
+    "anchor": Anchor,
+    "cce": CCE,
+    "cls": CLS,
+    "dar": DAR,
+    "ecs": ECS,
+    "gep": GEP,
+    "gepc": GEPC,
+}
 """Kind -> objective. A new one is a file and a row here, and its config in `AnyObjectiveConfig`."""
 
 AnyObjectiveConfig = Annotated[
-    AffineConfig | CCEConfig | CLSConfig | DARConfig | ECSConfig | GEPConfig | GEPCConfig,
+    AffineConfig | AnchorConfig | CCEConfig | CLSConfig | DARConfig | ECSConfig | GEPConfig | GEPCConfig,
     Field(discriminator="kind"),
 ]
 

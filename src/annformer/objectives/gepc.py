@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from annformer.model.config import ModelConfig
@@ -55,6 +55,14 @@ class GEPC(Objective):
         if self.nonzero is None:
             return Prediction(value)
         return Prediction(value, (query * (cell @ self.nonzero.weight)[of]).sum(-1) + (cell @ self.nonzero.bias)[of])
+
+    def of_genes(
+        self, cell: Float[Tensor, "cell width"], context: Float[Tensor, "cell width"] | None, genes: Float[Tensor, "gene width"]
+    ) -> Float[Tensor, "cell gene"]:
+        """Values of the same genes for every cell, from cell states, their contexts and gene embeddings."""
+        assert not self.config.context_in_query, "with the context in its query a gene has another one in every cell"
+        state = cell if context is None else torch.cat((cell, context), -1)
+        return (state @ self.value.weight) @ torch.sigmoid(self.query(genes)).T
 
     def losses(self, encoded: Encoded, tokens: TokenBatch, encode: Encode) -> dict[str, Loss]:  # noqa: ARG002
         """`gepc`, `gepc_nonzero`."""

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from annformer.errors import input_error
+from annformer.report.stills import COLOURS, SYMBOLS, Lines, dots_png, lines_png, scatter_png
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Okabe and Ito's palette, which people with any kind of colour vision can tell apart."""
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star")
-"""Marker shapes by plotly's names; seven and eight have no common divisor, so 56 categories look different."""
-_MATPLOTLIB = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "triangle-down": "v", "star": "*"}
 _DIGITS = 4
 
 
@@ -32,7 +25,7 @@ class Figure:
     alt: str
     """What the picture shows, for those who do not see it."""
     payload: Mapping[str, Any]
-    """What the page's script draws: {"kind": "scatter" | "lines", ...}."""
+    """What the page's script draws: {"kind": "scatter" | "lines" | "dots", ...}."""
     png: bytes
     kind: str = field(default="figure", init=False)
 
@@ -46,19 +39,22 @@ def scatter_figure(
     panels: Mapping[str, Float[np.ndarray, "cell 2"]],
     columns: pd.DataFrame,
     *,
+    colour_by: Sequence[str] | None = None,
     hover: Sequence[str] | None = None,
     caption: str,
     point: str = "cell",
 ) -> Figure:
-    """Draw the same points in several panels side by side, coloured by any column.
+    """Draw the same points in several panels, coloured by any column.
 
     Parameters
     ----------
     panels
         Title -> coordinates, points in one common order.
     columns
-        One row per point; the first column colours the still image, and the picture at first. Categories get a colour and a shape,
-        numbers a scale.
+        One row per point. Categories get a colour and a shape, numbers a scale.
+    colour_by
+        Columns that colour every panel in the still image, and in the picture at first; with several, each panel is drawn once for each
+        of them, side by side. By default the first column.
     hover
         Name of each point, shown under the pointer; by default the row names of `columns`.
     caption
@@ -66,6 +62,7 @@ def scatter_figure(
     point
         What a point is.
     """
+    shown = [str(columns.columns[0])] if colour_by is None else list(colour_by)
     names = [str(name) for name in (columns.index if hover is None else hover)]
     described = {str(column): _column(columns[column]) for column in columns}
     payload = {
@@ -75,18 +72,70 @@ def scatter_figure(
         "hover": names,
         "panels": [{"title": title, "x": _rounded(xy[:, 0]), "y": _rounded(xy[:, 1])} for title, xy in panels.items()],
         "columns": [{"name": name} | column for name, column in described.items()],
+        "colour_by": [list(described).index(name) for name in shown],
     }
-    first = str(columns.columns[0])
-    alt = f"{len(panels)} scatter plots ({', '.join(panels)}) of {len(columns)} {point}s, coloured by {first}."
-    return Figure(caption=caption, alt=alt, payload=payload, png=_scatter_png(panels, first, described[first]))
+    alt = f"{len(panels)} scatter plots ({', '.join(panels)}) of {len(columns)} {point}s, coloured by {' and by '.join(shown)}."
+    png = scatter_png(panels, {name: described[name] for name in shown})
+    return Figure(caption=caption, alt=alt, payload=payload, png=png)
 
 
-def line_figure(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, caption: str) -> Figure:
+def line_figure(lines: Lines, *, x: str, y: str, caption: str) -> Figure:
     """Draw named lines, each (x values, y values); each has its own colour and dash."""
-    series = [{"name": name, "x": _rounded(xs), "y": _rounded(ys)} for name, (xs, ys) in lines.items()]
-    payload = {"kind": "lines", "colours": COLOURS, "x": x, "y": y, "series": series}
-    alt = f"Line plot of {y} against {x}: {', '.join(lines)}."
-    return Figure(caption=caption, alt=alt, payload=payload, png=_lines_png(lines, x, y))
+    return line_panels({"": lines}, x=x, y=y, caption=caption)
+
+
+def line_panels(panels: Mapping[str, Lines], *, x: str, y: str, caption: str) -> Figure:
+    """Draw several plots of lines: title -> lines. A line keeps its look wherever it occurs."""
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    drawn = [
+        {
+            "title": title,
+            "series": [{"name": name, "look": names.index(name), "x": _rounded(xs), "y": _rounded(ys)} for name, (xs, ys) in lines.items()],
+        }
+        for title, lines in panels.items()
+    ]
+    payload = {"kind": "lines", "colours": COLOURS, "x": x, "y": y, "panels": drawn}
+    titled = f" ({', '.join(panels)})" if any(panels) else ""
+    alt = f"Line plot{'s' if len(panels) > 1 else ''}{titled} of {y} against {x}: {', '.join(names)}."
+    return Figure(caption=caption, alt=alt, payload=payload, png=lines_png(panels, names, x, y))
+
+
+def dot_figure(
+    measures: Mapping[str, pd.DataFrame],
+    *,
+    intervals: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]] | None = None,
+    marked: float | None = None,
+    x: str,
+    caption: str,
+) -> Figure:
+    """Draw a dot for every row and column of a table: rows below each other, columns in colours and shapes.
+
+    Parameters
+    ----------
+    measures
+        Name -> table; all have the same rows and columns. The picture shows one at a time, the still image all of them.
+    intervals
+        Name -> lower and upper ends, tables of the same form.
+    marked
+        A value that is marked by a line, such as 0 for a difference.
+    x
+        What the values are.
+    """
+    first = next(iter(measures.values()))
+    rows, columns = [str(row) for row in first.index], [str(column) for column in first.columns]
+
+    def series(name: str) -> list[dict[str, Any]]:
+        low, high = (intervals or {}).get(name, (None, None))
+        ends = {} if low is None or high is None else {"low": low, "high": high}
+        return [
+            {"name": column, "x": _rounded(measures[name].iloc[:, n]), **{end: _rounded(table.iloc[:, n]) for end, table in ends.items()}}
+            for n, column in enumerate(columns)
+        ]
+
+    drawn = [{"name": name, "series": series(name)} for name in measures]
+    payload = {"kind": "dots", "colours": COLOURS, "symbols": SYMBOLS, "x": x, "marked": marked, "rows": rows, "measures": drawn}
+    alt = f"Dots of {x} ({', '.join(measures)}) for {', '.join(rows)}; colours and shapes are {', '.join(columns)}."
+    return Figure(caption=caption, alt=alt, payload=payload, png=dots_png(measures, intervals or {}, marked, x))
 
 
 def _column(values: pd.Series) -> dict[str, Any]:
@@ -99,62 +148,6 @@ def _column(values: pd.Series) -> dict[str, Any]:
     return {"levels": levels, "codes": [place[value] for value in text]}
 
 
-def _rounded(values: Sequence[float] | np.ndarray) -> list[float | None]:
+def _rounded(values: Sequence[float] | np.ndarray | pd.Series) -> list[float | None]:
     """Four significant digits are more than a screen shows; what is not a number becomes null."""
     return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float)]
-
-
-def _scatter_png(panels: Mapping[str, np.ndarray], column: str, described: Mapping[str, Any]) -> bytes:
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = _canvas(rows, columns, width=5.2 * columns, height=0.8 + 4.8 * rows)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for axis, (title, xy) in zip(axes, panels.items(), strict=False):
-        if "levels" in described:
-            _draw_categories(axis, xy, described)
-        else:
-            numbers = np.array([math.nan if value is None else value for value in described["numbers"]])
-            figure.colorbar(axis.scatter(xy[:, 0], xy[:, 1], c=numbers, s=14, cmap="cividis"), ax=axis, label=column)
-        axis.set(title=title, xticks=[], yticks=[])
-    handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, title=column, markerscale=1.6)
-    return _png(figure)
-
-
-def _draw_categories(axis: Any, xy: np.ndarray, described: Mapping[str, Any]) -> None:
-    codes = np.array(described["codes"])
-    for n, level in enumerate(described["levels"]):
-        here = xy[codes == n]
-        colour, marker = COLOURS[n % len(COLOURS)], _MATPLOTLIB[SYMBOLS[n % len(SYMBOLS)]]
-        axis.scatter(
-            here[:, 0], here[:, 1], c=colour, marker=marker, s=20, linewidths=0.3, edgecolors="#333333", label=f"{level} ({len(here)})"
-        )
-
-
-def _lines_png(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> bytes:
-    figure, axes = _canvas(1, 1, width=7.5, height=4.0)
-    styles = ("-", "--", ":", "-.")
-    for n, (name, (xs, ys)) in enumerate(lines.items()):
-        axes[0].plot(xs, ys, styles[n % len(styles)], color=COLOURS[n % (len(COLOURS) - 1)], linewidth=1.8, label=name)
-    axes[0].set(xlabel=x, ylabel=y)
-    axes[0].legend(frameon=False)
-    axes[0].spines[["top", "right"]].set_visible(False)
-    return _png(figure)
-
-
-def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
-    if find_spec("matplotlib") is None:
-        found = "figures need matplotlib, which is not installed"
-        raise input_error(found, "the extra `report`", "pip install 'annformer[report]'")
-    from matplotlib.figure import Figure as Canvas  # not pyplot: no back end is chosen and nothing stays open
-
-    figure = Canvas(figsize=(width, height), layout="constrained")
-    return figure, list(np.ravel(figure.subplots(rows, columns)))
-
-
-def _png(figure: Any) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    return image.getvalue()

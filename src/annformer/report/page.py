@@ -93,8 +93,8 @@ class Table:
 
 
 def _is_number(value: object) -> bool:
-    """Also "0.81 ± 0.02" and a dash."""
-    return str(value)[:1].isdigit() or str(value) in {"-", ""}
+    """Also "0.81 ± 0.02", "+0.02" and a dash."""
+    return str(value).lstrip("+-")[:1].isdigit() or str(value) in {"-", ""}
 
 
 Block = Text | Note | Bullets | Facts | Code | Table | Figure
@@ -159,6 +159,18 @@ def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
+
+
+def require_packages() -> None:
+    """Say before hours of work that its page could not be made.
+
+    Raises
+    ------
+    InputError
+        When a package of the extra `report` is missing.
+    """
+    for package in ("jinja2", "plotly", "matplotlib"):
+        _require(package)
 
 
 def _require(package: str) -> None:

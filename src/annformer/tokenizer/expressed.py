@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32, UInt64
 from numpy import ndarray
 
-from annformer.kernels import GOLDEN, LARGEST, jit, keep, mix, threshold
+from annformer.kernels import GOLDEN, jit, keep, mix
 
 _ROWS_PER_SORT = 16  # rows of about equal length that are padded and sorted together
 _TOO_LARGE = 1024  # whole numbers below it are tallied instead of sorted, and find their bins in a table
@@ -120,7 +120,7 @@ def fill_expressed(
             n_others += 1
             continue
         cell_keys[cell] = _hash_genes(here, keys, numbers, run_key, hashes[:n])
-        keep(hashes[:n], threshold(hashes[:n], end - place) if end - place < n else LARGEST, kept)
+        keep(hashes[:n], end - place, kept)
         chosen = kept[: end - place]
         _take(chosen, here, gene_ids, ids[place:end])
         if len(quantiles) == 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
 from numpy import ndarray
 
 from annformer.kernels import GOLDEN, jit, mix
@@ -15,8 +15,19 @@ from annformer.tokenizer.settings import TokenizerSettings, n_kept
 from annformer.tokenizer.zeros import add_zeros
 from annformer.tokens import CellBatch, Measured, TokenBatch
 
+LIBRARY_SIZE = 1e4
+"""Counts that every cell is scaled to before the logarithm."""
 
-def tokenize(cells: CellBatch, settings: TokenizerSettings, *, cls_id: int, step: int = 0) -> TokenBatch:
+
+def tokenize(
+    cells: CellBatch,
+    settings: TokenizerSettings,
+    *,
+    cls_id: int,
+    step: int = 0,
+    panel: Int[ndarray, "panel"] | None = None,
+    view: bool = False,
+) -> TokenBatch:
     """Turn cells into packed tokens, all of them visible; the genes of a cell stand in the order of their ids.
 
     Bins are taken over all non-zero genes of a cell, before genes are chosen. A cell without any gene becomes a lone `<cls>`. Negative
@@ -28,7 +39,15 @@ def tokenize(cells: CellBatch, settings: TokenizerSettings, *, cls_id: int, step
         With `settings.zeros`, the columns that `cells.measured` says are genes that were measured: nothing else can tell a zero from a gap.
     step
         Training step: another step draws ties and genes anew. Leave it alone where results should repeat.
+    panel
+        Ids of the genes that become tokens, if not all.
+    view
+        Also give the log-normalised expression of the panel; its library size is that of all genes of `cells`.
     """
+    expression = None
+    if panel is not None:
+        expression = torch.from_numpy(panel_expression(cells, panel)) if view else None
+        cells = cells.over(panel)
     counts, gene_ids, measured = _in_vocabulary_order(cells)
     starts, columns = counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False).view(np.uint32)
     n_expressed, n_zeros = n_kept(starts[1:] - starts[:-1], cells.n_measured if settings.zeros != 0 else 0, settings)
@@ -57,7 +76,25 @@ def tokenize(cells: CellBatch, settings: TokenizerSettings, *, cls_id: int, step
         modality=None,
         labels={name: torch.from_numpy(codes.astype(np.int64)) for name, codes in cells.labels.items()},
         cell=None,
+        expression=expression,
     )
+
+
+def panel_expression(cells: CellBatch, panel: Int[ndarray, "panel"]) -> Float[ndarray, "cell panel"]:
+    """log(1 + 10,000 x count / library size) of the genes of a panel, in its order; NaN where a gene was not measured.
+
+    The library size is the sum over all columns of `cells`, which so should hold more than the panel.
+    """
+    size = np.asarray(cells.counts.sum(axis=1), np.float64).reshape(-1)
+    scale = np.divide(LIBRARY_SIZE, size, out=np.zeros_like(size), where=size > 0)
+    part = cells.over(panel)
+    values = np.log1p(part.counts.toarray() * scale[:, None]).astype(np.float32)
+    if part.measured is not None:
+        values[~part.measured.genes[part.measured.study]] = np.nan
+    expression = np.full((len(size), len(panel)), np.nan, np.float32)
+    order = np.argsort(panel)
+    expression[:, order[np.searchsorted(panel[order], part.gene_ids)]] = values
+    return expression
 
 
 def _in_vocabulary_order(cells: CellBatch) -> tuple[Any, Int[ndarray, "gene"], Measured]:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32, UInt64
 from numpy import ndarray
 
-from annformer.kernels import LARGEST, jit, keep, mix, threshold
+from annformer.kernels import jit, keep, mix
 
 
 @jit
@@ -33,7 +33,7 @@ def add_zeros(
         at_zero[:] = measured[study[cell]]
         at_zero[columns[starts[cell] : starts[cell + 1]]] = False
         n = _hash_zeros(at_zero, gene_ids, gene_keys, cell_keys[cell], zeros, hashes)
-        keep(hashes[:n], LARGEST if n_zeros[cell] == n else threshold(hashes[:n], n_zeros[cell]), kept)
+        keep(hashes[:n], n_zeros[cell], kept)
         place, end = offsets[cell] + 1, offsets[cell + 1]
         _merge(kept[: n_zeros[cell]], zeros, ids[place:end], values[place:end])
 

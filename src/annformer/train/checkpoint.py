@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from annformer.checkpoints import to_disk
 from annformer.errors import InputError, input_error
 from annformer.train.ranks import on_first_rank
 
@@ -33,7 +34,7 @@ class CheckpointFiles(TorchCheckpointIO):
         Why the last file could not be written. Not raised at once, as the other ranks wait for this one.
     """
 
-    refusal: OSError | None = None
+    refusal: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ARG002
         """Write, and wait until the file would survive a power cut; only the first rank does."""
@@ -45,10 +46,8 @@ class CheckpointFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
             self.refusal = None
         except (OSError, RuntimeError) as error:  # torch has a RuntimeError of its own for a file that refuses to grow
-            refusal = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(refusal, OSError):
-                raise
-            self.refusal = refusal
+            below = error.__context__
+            self.refusal = below if isinstance(error, RuntimeError) and isinstance(below, OSError) else error
 
 
 def save(trainer: L.Trainer, folder: Path, *, keep: int) -> None:
@@ -73,7 +72,7 @@ def save(trainer: L.Trainer, folder: Path, *, keep: int) -> None:
             if files.refusal is not None:
                 raise files.refusal
             beside.replace(path)
-            _to_disk(folder)
+            to_disk(folder)
             _remove_old(folder, step, keep)
         except OSError as error:
             with suppress(OSError):
@@ -124,12 +123,3 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
     done = [path for path in _paths(folder) if step_of(path) <= step]
     for path in (*(path for path in _paths(folder) if path not in done[-keep:]), *folder.glob(".*.partial")):
         path.unlink(missing_ok=True)
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until the names in a folder would survive a power cut."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -50,15 +50,19 @@ class TrainConfig(Config):
     """Tokens of one update of the weights, over all devices together."""
     tokens_per_forward: int = Field(32_768, gt=0)
     """Tokens that one device takes at a time, which decides its memory; a step takes as many turns as it needs. Turns change nothing but
-    dropout, which is drawn anew for each, and ecs, cce and input_norm "domain", which see the cells of one turn, those of all devices
-    together."""
+    dropout, which is drawn anew for each, and ecs, cce and input_norm, which see the cells of one turn, those of all devices together
+    (input_norm "batch" cannot: it trains on one device only)."""
     max_length: int | None = Field(None, ge=2)
     """Most tokens of a cell in a training step, where less than `tokenizer.max_length`, with which the model is validated and used: cost
     grows faster than length, and the genes are drawn anew in every step."""
     min_genes: int = Field(1, ge=1)
     """Cells with fewer expressed genes of the vocabulary are left out."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Highest rate: reached after the warm-up, left along half a cosine."""
+    """Highest rate: reached after the warm-up, left as `schedule` says."""
+    schedule: Literal["cosine", "epochs"] = "cosine"
+    """`cosine`: half a cosine down to `last_rate_share`; `epochs`: times `epoch_decay` after every epoch."""
+    epoch_decay: float = Field(0.9, gt=0, le=1)
+    """Of the schedule `epochs`."""
     warmup_share: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from 0."""
     last_rate_share: float = Field(0.05, ge=0, le=1)
@@ -80,6 +84,9 @@ class TrainConfig(Config):
     precision: Precision = "32"
     validations: int = Field(20, ge=0)
     """How often the held-out cells are looked at, evenly over the run, beside once before it."""
+    patience: int | None = Field(None, gt=0)
+    """Validations without a better loss after which the run ends; the weights are then those of the best one. None: the run goes to its
+    end, and the weights are the last ones. What an adversary loses (dar) does not count."""
     log_steps: int = Field(10, gt=0)
     """Steps from one row of the log to the next."""
     checkpoint_minutes: float = Field(10, gt=0)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from annformer.data.random_cells import RandomCells, random_cells
+from annformer.data.random_cells import MemoryCells, RandomCells, random_cells
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
 from annformer.data.tables import unknown_name
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _SPLIT, _SAMPLE = 2**31, 2**31 + 1
 """Beside the seed, what tells draws apart; the plan uses (seed, epoch)."""
+ROW = "row"
+"""Role under which batches carry the row of each cell in the source."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -46,16 +49,18 @@ class Reader:
     config: TrainConfig
     cls_id: int
     label_keys: Mapping[str, str] | None
+    panel: Int[np.ndarray, "panel"] | None = None
+    view: bool = False
 
     def tokens(self, rows: Int[np.ndarray, "cell"]) -> TokenBatch:
         """Read and tokenize cells as the finished model will; all their genes are visible."""
-        return tokenize(self.cells.rows(rows, self.label_keys), self.settings, cls_id=self.cls_id)
+        return self._tokens(rows, self.settings)
 
     def asked(self, rows: Int[np.ndarray, "cell"], step: int) -> TokenBatch:
         """Batch of a training step: one of the shares is asked, the same for all cells of the step."""
         shares, seed = self.config.asked_shares, self.config.seed
         settings = training_settings(self.settings, self.config)
-        tokens = tokenize(self.cells.rows(rows, self.label_keys), settings, cls_id=self.cls_id, step=step)
+        tokens = self._tokens(rows, settings, step)
         if self.config.mode == "ask":
             return ask(tokens, shares, seed=seed, step=step)
         share = shares[np.random.default_rng([seed, step]).integers(len(shares))]
@@ -65,6 +70,11 @@ class Reader:
         """Batch of a validation: the same questions whenever it is made."""
         tokens, seed = self.tokens(rows), self.config.seed
         return ask(tokens, [share], seed=seed) if self.config.mode == "ask" else hide_values(tokens, share, seed=seed)
+
+    def _tokens(self, rows: Int[np.ndarray, "cell"], settings: TokenizerSettings, step: int = 0) -> TokenBatch:
+        cells = self.cells.rows(rows, self.label_keys)
+        tokens = tokenize(cells, settings, cls_id=self.cls_id, step=step, panel=self.panel, view=self.view)
+        return tokens._replace(labels=tokens.labels | {ROW: torch.from_numpy(np.asarray(rows, np.int64))})
 
     def turns(self, item: _Item, rank: int, world: int) -> list[TokenBatch]:
         """What one of `world` ranks does in a step, a batch per turn."""
@@ -92,9 +102,11 @@ class CellDataModule(L.LightningDataModule):
     Parameters
     ----------
     source
-        A store is read as the batches are made; any other source is read into memory at once.
+        A store is read as the batches are made; any other source is read into memory at once, if it is not there already.
     label_keys
         For each role (`batch`, `cell_type`, ...) the label column whose codes the batches carry.
+    panel, view
+        Genes that are read, and whether as an expression view too: `tokenizer.tokenize`.
 
     Attributes
     ----------
@@ -109,12 +121,14 @@ class CellDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: StoreSource | CellSource,
+        source: StoreSource | CellSource | MemoryCells,
         vocab: GeneVocab,
         settings: TokenizerSettings,
         config: TrainConfig,
         *,
         label_keys: Mapping[str, str] | None = None,
+        panel: Int[np.ndarray, "panel"] | None = None,
+        view: bool = False,
     ) -> None:
         super().__init__()
         self.vocab, self.settings, self.config = vocab, settings, config
@@ -122,7 +136,8 @@ class CellDataModule(L.LightningDataModule):
             source.require_measured()
         columns = [*(label_keys or {}).values(), *_columns(config)]
         cells = random_cells(source, vocab, list(dict.fromkeys(columns)))
-        self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys)
+        self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys, panel, view)
+        self._count_genes()
         self.lengths = self._n_tokens(training_settings(settings, config))
         self.training_rows, self.validation_rows = self._split()
         self.training_rows, weights = self._weighted(config.balance)
@@ -146,6 +161,11 @@ class CellDataModule(L.LightningDataModule):
         """Steps of the whole run."""
         return self.plan.n_steps
 
+    @cached_property
+    def n_tokens(self) -> Int[np.ndarray, "cell"]:
+        """Tokens of every cell of the source as the finished model reads it, `<cls>` included."""
+        return self._n_tokens(self.settings)
+
     def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[TokenBatch]:
         """Make what one of `world` ranks does in a step, a batch per turn; every rank has as many turns."""
         return self.reader.turns(self._item(step), rank, world)
@@ -158,7 +178,7 @@ class CellDataModule(L.LightningDataModule):
 
     def validation_batches(self, rank: int = 0, world: int = 1) -> list[TokenBatch]:
         """Ask every cell of `validated_rows`, once per share; every rank has as many batches."""
-        lengths = self._n_tokens(self.settings)[self.validated_rows]
+        lengths = self.n_tokens[self.validated_rows]
         n_turns = -(-int(lengths.sum()) // (world * self.config.tokens_per_forward))
         parts = deal(lengths, world * n_turns)[rank::world]
         return [self.reader.asked_once(self.validated_rows[part], share) for share in self.config.asked_shares for part in parts]
@@ -195,12 +215,22 @@ class CellDataModule(L.LightningDataModule):
 
     def _n_tokens(self, settings: TokenizerSettings) -> Int[np.ndarray, "cell"]:
         """Tokens of every cell, `<cls>` included."""
-        n_measured = self.cells.n_measured if settings.zeros != 0 else 0
-        n_expressed, n_zeros = n_kept(self.cells.lengths, n_measured, settings)
+        n_measured = self._n_measured if settings.zeros != 0 else 0
+        n_expressed, n_zeros = n_kept(self._n_expressed, n_measured, settings)
         return n_expressed + n_zeros + 1
 
+    def _count_genes(self) -> None:
+        """Genes that are read, expressed and measured, of every cell."""
+        if (panel := self.reader.panel) is None:
+            self._n_expressed, self._n_measured = self.cells.lengths, self.cells.n_measured
+            return
+        rows = np.arange(self.cells.n_obs)
+        parts = [self.cells.rows(rows[first : first + 4096]).over(panel) for first in range(0, len(rows), 4096)]
+        self._n_expressed = np.concatenate([np.diff(part.counts.indptr) for part in parts])
+        self._n_measured = np.concatenate([part.n_measured for part in parts])
+
     def _split(self) -> tuple[Int[np.ndarray, "cell"], Int[np.ndarray, "cell"]]:
-        enough = self.cells.lengths >= self.config.min_genes
+        enough = self._n_expressed >= self.config.min_genes
         if not enough.all():
             said = "%d of %d cells with fewer than %d expressed genes of the vocabulary are left out"
             log.info(said, int((~enough).sum()), len(enough), self.config.min_genes)

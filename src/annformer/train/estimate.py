@@ -11,12 +11,14 @@ import torch
 
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
+from annformer.durations import in_words
 from annformer.scgpt import ScGPT
 from annformer.train.config import Machine, PretrainConfig
 from annformer.train.datamodule import CellDataModule
 from annformer.train.fit import require_machine
 from annformer.train.flops import PEAK_FLOPS, batch_flops, peak_flops
 from annformer.train.pretrain import device_of, new_model, prepare_data
+from annformer.train.strategy import require_same_norm
 
 BYTES_PER_PARAMETER: Final = 16
 """Weight, gradient and the two moments of AdamW, in float32."""
@@ -69,7 +71,7 @@ class Estimate:
             f"the run        {self.epochs:g} epochs, {self.n_steps:,} steps, {turns}",
             f"memory         {state} for parameters and optimizer, about {_gigabytes(self.working_bytes)} for a turn, per device",
             f"checkpoint     {_gigabytes(self.n_parameters * 12)} on disk",
-            f"time           {_hours(self.seconds_per_epoch)} an epoch, {_hours(whole)} in all, on {where}",
+            f"time           {in_words(self.seconds_per_epoch)} an epoch, {in_words(whole)} in all, on {where}",
         ]
         if self.price_per_hour is not None:
             per_epoch = self.seconds_per_epoch / 3600 * self.price_per_hour * self.n_apart
@@ -78,7 +80,7 @@ class Estimate:
         lines += ["by arithmetic, not measured:"]
         for gpu in _GPUS:
             seconds = self.flops_per_epoch / (PEAK_FLOPS[gpu]["bf16"] * _EXPECTED_MFU)
-            lines.append(f"  one {gpu:<12} {_hours(seconds)} an epoch in bf16, at {_EXPECTED_MFU:.0%} of its peak")
+            lines.append(f"  one {gpu:<12} {in_words(seconds)} an epoch in bf16, at {_EXPECTED_MFU:.0%} of its peak")
         return lines
 
 
@@ -88,17 +90,18 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
     Raises
     ------
     InputError
-        When `machine` asks for a GPU and there is none.
+        When `machine` asks for a GPU and there is none, or for several devices where the network can only be trained by one process.
     """
     require_machine(machine)
-    device = device_of(machine)
     assert isinstance(source, StoreSource), "estimates are made for stores"
+    require_same_norm(machine, config.network(source.vocab))
+    device = device_of(machine)
     data = prepare_data(source, source.vocab, config)
     model = new_model(data.vocab, config).to(device)
     of_node = torch.cuda.device_count() if device.type == "cuda" else 1
     n_devices = machine.nodes * (of_node if machine.devices == "auto" else machine.devices)
     n_apart = n_devices if device.type == "cuda" else machine.nodes
-    seconds, working, flops, tokens = _measure(model, data, device, n_devices)
+    seconds, working, flops, tokens = measure(model, data, device, n_devices)
     plan = data.plan
     whole_epoch = min(plan.steps_per_epoch, plan.n_steps)
     tokens_per_epoch = round(plan.tokens_until(whole_epoch) * plan.steps_per_epoch / whole_epoch)
@@ -123,7 +126,7 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
     )
 
 
-def _measure(model: ScGPT, data: CellDataModule, device: torch.device, world: int) -> tuple[float, int, float, int]:
+def measure(model: ScGPT, data: CellDataModule, device: torch.device, world: int) -> tuple[float, int, float, int]:
     """Seconds, bytes beyond the parameters', operations and tokens of a few turns of one device, after one that warms up."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     dtype = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[data.config.precision]
@@ -158,9 +161,3 @@ def _threads(n: int) -> str:
 
 def _gigabytes(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB"
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 2e5 else f"{seconds / 86400:.0f} days"

@@ -23,7 +23,7 @@ from annformer.tokens import TokenBatch
 from annformer.train import checkpoint
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
-from annformer.train.log import loggers, read_log
+from annformer.train.log import log_row, loggers, read_log
 from annformer.train.plan import TrainingPlan
 from annformer.train.progress import ProgressReport
 from annformer.train.ranks import SaidElsewhere, of_all_ranks, on_first_rank, stop_all
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 _NOISE = (
     "does not have many workers",
     "can be set to",
-    "You passed in a `val_dataloader`",
     "`isinstance(treespec, LeafSpec)`",
     "srun",
     "Experiment logs directory",
@@ -91,7 +90,9 @@ def fit(plan: TrainingPlan, data: CellDataModule, folder: Path, machine: Machine
             enable_checkpointing=False,
             **placement(machine, plan.config.precision, plan.model),
         )
-        if start < data.n_steps:
+        if found is not None:
+            plan.on_load_checkpoint(found[1])
+        if start < data.n_steps and not plan.lost_patience:
             try:
                 with signals:
                     trainer.fit(plan, datamodule=data, ckpt_path=path, weights_only=True)
@@ -101,7 +102,17 @@ def fit(plan: TrainingPlan, data: CellDataModule, folder: Path, machine: Machine
                 raise keeper.stopped() from None
     if keeper.stopped_at is not None:
         raise stop_all(keeper.stopped())
+    if plan.config.patience is not None:
+        _take_best(plan, found)
     return on_first_rank(lambda: read_log(folder))
+
+
+def _take_best(plan: TrainingPlan, found: tuple[Path, dict[str, Any]] | None) -> None:
+    """Give the model the weights of the best validation; without one, of a run that was finished before, those of its end."""
+    if plan.best is not None:
+        plan.model.load_state_dict(plan.best["weights"])
+    elif found is not None:
+        plan.load_state_dict(found[1]["state_dict"])
 
 
 def require_machine(machine: Machine) -> None:
@@ -149,6 +160,10 @@ class _Keeper(L.Callback):
         if step in self.validate_after:
             self._validate(trainer, plan)
         every = config.checkpoint_steps
+        if plan.lost_patience and not last:
+            said = "step %d of %d: no better validation since step %d, so the run ends"
+            log.info(said, step, self.data.n_steps, plan.best["step"] if plan.best else 0)
+            trainer.should_stop = last = True
         if last or plan.result.stop or plan.result.checkpoint or (every and step % every == 0):
             with self.report.paused():
                 checkpoint.save(trainer, self.folder / checkpoint.FOLDER, keep=config.keep_checkpoints)
@@ -167,11 +182,12 @@ class _Keeper(L.Callback):
     def _validate(self, trainer: L.Trainer, plan: TrainingPlan) -> None:
         with self.report.paused():
             losses = plan.mean_losses(self.batches)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"validation/{name}": value for name, value in losses.items()}, trainer.global_step)
+        log_row(trainer.loggers, {f"validation/{name}": value for name, value in losses.items()}, trainer.global_step)
         if trainer.is_global_zero:
             said = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
             log.info("step %d of %d: on held-out cells %s", trainer.global_step, self.data.n_steps, said)
+        if plan.config.patience is not None:
+            plan.judge(losses, trainer.global_step)
 
 
 class _Signals:

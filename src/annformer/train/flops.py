@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ from annformer.objectives.gepc import GEPCConfig
 from annformer.scgpt import ScGPT
 from annformer.tokens import TokenBatch
 from annformer.train.config import Precision
+
+log = logging.getLogger(__name__)
 
 
 def _peaks(half: float, tf32: float, single: float) -> dict[str, float]:
@@ -127,25 +130,36 @@ def _head(objective: AnyObjectiveConfig, config: ModelConfig, n_cells: int, n_ta
 def peak_flops(device: torch.device, precision: Precision) -> float:
     """Floating-point operations per second that a device can do at most.
 
-    Known GPUs by their data sheet, dense; anything else, CPUs with the present number of threads among it, by a matrix product that is
-    timed once per process.
+    Known GPUs by their data sheet, dense; anything else, CPUs with the present number of threads among it, by matrix products that are
+    timed once per process: what this device reaches with them, which is less than a data sheet would say.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for known, peaks in PEAK_FLOPS.items():
         if re.search(rf"{known}\b", name):
             return peaks["tf32" if precision == "32" and torch.get_float32_matmul_precision() != "highest" else precision]
-    return _measured(device.type, precision, torch.get_num_threads())
+    return _measured(device, precision, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
 @cache
-def _measured(device: str, precision: Precision, n_threads: int) -> float:  # noqa: ARG001  # the measurement holds for so many
-    """Best of a few 1024 x 1024 products."""
+def _measured(device: torch.device, precision: Precision, n_threads: int, _tf32: str) -> float:
+    """Take the time of large products once, and say so where a data sheet would have been better."""
     dtype = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    n = 1024
-    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    if device.type == "cpu":
+        return _reached(device, dtype, 1024 if n_threads <= 4 else 2048, 1)
+    peak = _reached(device, dtype, 8192, 2)
+    name = torch.cuda.get_device_name(device)
+    log.info("no data sheet is known for %s: MFU is a share of the %.3g TFLOP/s that large products reach on it", name, peak / 1e12)
+    return peak
+
+
+def _reached(device: torch.device, dtype: torch.dtype, n: int, n_products: int) -> float:
+    """Operations per second in the best of a few rounds of n x n products, long enough that calls and launches do not count."""
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
-    for _ in range(8):
+    for _ in range(6):
         began = time.perf_counter()
-        (a @ b)[0, 0].item()
+        for _ in range(n_products):
+            product = a @ b
+        product[0, 0].item()  # waits for all of them
         seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
+    return 2 * n**3 * n_products / min(seconds)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 
 import annformer
@@ -27,6 +26,7 @@ from annformer.train import checkpoint
 from annformer.train.config import PretrainConfig
 from annformer.train.curves import draw_curves
 from annformer.train.log import FILE as LOG
+from annformer.train.ranks import is_first_rank
 from annformer.vocab import GeneVocab
 
 FORMAT = 1
@@ -142,16 +142,6 @@ class RunFolder:
             found = f"{self.path} holds a run of another recipe or other cells:\n" + "\n".join(f"  {line}" for line in changes[:10])
             remedy = "go on with what the run began with (it stands in its recipe.yaml), give another path, or overwrite it (--overwrite)"
             raise input_error(found, "the same run, to go on with it", remedy)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
-    return getattr(rank_zero_only, "rank", 0) in (0, None)
-
-
-def is_first_on_node() -> bool:
-    """Whether this process does what is needed once per machine."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array, diags_array, vstack
 from torch import Tensor
 
+from annformer.baselines.expression import log_normalised
 from annformer.data.random_cells import RandomCells
 from annformer.scgpt import ScGPT
+from annformer.tokens import CellBatch
 
 _CELLS = 50_000
 """Cells that a decomposition looks at: more do not turn its axes."""
 _LEAST_DEVIATION = 0.05
 """Genes are divided by their standard deviation, but not by less: else the rarest would be the loudest."""
-_TARGET_SUM = 1e4
 
 
 def co_expression(
@@ -25,27 +26,30 @@ def co_expression(
 
     The first axis, on which cells differ by how much of everything they express, is left out. Genes that no cell expresses get zeros.
     """
-    from sklearn.utils.extmath import randomized_svd
-
     rng = np.random.default_rng([seed, 2])
     some = np.sort(rng.choice(rows, min(len(rows), _CELLS), replace=False))
-    x = vstack([_log_expression(cells, some[first : first + 512], n_tokens) for first in range(0, len(some), 512)], format="csr")
-    mean = x.mean(axis=0)
-    deviation = np.sqrt(np.maximum(x.multiply(x).mean(axis=0) - mean**2, 0))
-    x = x @ diags_array((1 / np.maximum(deviation, _LEAST_DEVIATION)).astype(np.float32))
-    n = min(width + 1, min(x.shape) - 1)
-    _, values, axes = randomized_svd(x, n, random_state=seed)
+    x = vstack([token_expression(cells.rows(some[first : first + 512]), n_tokens) for first in range(0, len(some), 512)], format="csr")
+    axes, values = axes_of_variation(x, width, seed=seed)
     placed = np.zeros((n_tokens, width), np.float32)
-    placed[:, : n - 1] = (axes.T * np.sqrt(values))[:, 1:]
+    placed[:, : len(values)] = axes * np.sqrt(values)
     return placed
 
 
-def _log_expression(cells: RandomCells, rows: Int[np.ndarray, "cell"], n_tokens: int) -> csr_array:
-    batch = cells.rows(rows)
-    counts = batch.counts.astype(np.float32)
-    totals = np.maximum(counts.sum(axis=1), 1e-12)
-    data = np.log1p(counts.data * np.repeat(_TARGET_SUM / totals, np.diff(counts.indptr))).astype(np.float32)
-    return csr_array((data, batch.gene_ids[counts.indices], counts.indptr), shape=(len(rows), n_tokens))
+def token_expression(cells: CellBatch, n_tokens: int) -> csr_array:
+    """Log-normalised expression of cells, with a column for every token of the vocabulary."""
+    x = log_normalised(cells.counts)
+    return csr_array((x.data, cells.gene_ids[x.indices], x.indptr), shape=(x.shape[0], n_tokens))
+
+
+def axes_of_variation(x: csr_array, n: int, *, seed: int) -> tuple[Float[np.ndarray, "token axis"], Float[np.ndarray, "axis"]]:
+    """Right singular vectors and singular values of expression, genes standardised, without the first; as many as there are up to `n`."""
+    from sklearn.utils.extmath import randomized_svd
+
+    mean = x.mean(axis=0)
+    deviation = np.sqrt(np.maximum(x.multiply(x).mean(axis=0) - mean**2, 0))
+    standardised = x @ diags_array((1 / np.maximum(deviation, _LEAST_DEVIATION)).astype(np.float32))
+    _, values, axes = randomized_svd(standardised, min(n + 1, min(x.shape) - 1), random_state=seed)
+    return axes[1:].T, values[1:]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import secrets
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from annformer.errors import input_error
 from annformer.train.checkpoint import cannot_write
+from annformer.train.ranks import on_first_rank
 
 FILE = "log.csv"
 _INSTALL = {"tensorboard": "'annformer[tensorboard]'", "wandb": "wandb"}
@@ -113,6 +114,16 @@ def loggers(names: Sequence[str], folder: Path, start: int) -> list[Logger]:
             WandbLogger(save_dir=folder, name=folder.name, id=_wandb_id(folder / "wandb" / "run-id"), resume="allow", project="annformer")
         )
     return made
+
+
+def log_row(loggers: Sequence[Logger], row: Mapping[str, float], step: int) -> None:
+    """Give a row to every logger; all ranks call it, the first one writes, and where it cannot all of them end."""
+
+    def write() -> None:
+        for logger in loggers:
+            logger.log_metrics(dict(row), step)
+
+    on_first_rank(write)
 
 
 def _wandb_id(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import lightning as L
 import torch
@@ -41,6 +41,16 @@ class StepResult(NamedTuple):
     """Some process wants a checkpoint here."""
 
 
+class Best(TypedDict):
+    """The validation with the lowest loss."""
+
+    loss: float
+    step: int
+    n_in_vain: int
+    """Validations since."""
+    weights: dict[str, Tensor]
+
+
 class TrainingPlan(L.LightningModule):
     """Fit a model by the weighted sum of the mean losses of its objectives.
 
@@ -68,6 +78,8 @@ class TrainingPlan(L.LightningModule):
         """Length of the gradient of the last step, before clipping."""
         self.result: StepResult | None = None
         """Of the last step."""
+        self.best: Best | None = None
+        """The best validation yet, where `config.patience` asks for it."""
 
     def configure_model(self) -> None:
         """Cut the model into pieces over the ranks, where the strategy is FSDP2."""
@@ -113,6 +125,8 @@ class TrainingPlan(L.LightningModule):
 
         FSDP2 writes and reads them so; everything else goes by their place in a group. So a checkpoint serves every strategy.
         """
+        if self.best is not None:
+            checkpoint["best"] = self.best
         if is_sharded(self.model):
             return
         (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
@@ -125,6 +139,10 @@ class TrainingPlan(L.LightningModule):
         groups = [group | {"params": [new[old] for old in group["params"]]} for group in state["param_groups"]]
         checkpoint["optimizer_states"] = [{"state": {new[old]: values for old, values in state["state"].items()}, "param_groups": groups}]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the best validation of the run that is gone on with."""
+        self.best = checkpoint.get("best")
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build fused AdamW; decay on matrices only."""
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
@@ -133,12 +151,28 @@ class TrainingPlan(L.LightningModule):
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
 
     def rate_share(self, step: int) -> float:
-        """Learning rate of a step as a share of the highest: warm-up, then half a cosine."""
+        """Learning rate of a step as a share of the highest: warm-up, then as the schedule says."""
         warmup = max(1, round(self.config.warmup_share * self.n_steps))
         if step < warmup:
             return (step + 1) / warmup
+        if self.config.schedule == "epochs":
+            return self.config.epoch_decay ** int(step * self.config.epochs / self.n_steps)
         done = min(1.0, (step - warmup) / max(1, self.n_steps - 1 - warmup))
         return self.config.last_rate_share + (1 - self.config.last_rate_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def judge(self, losses: dict[str, float], step: int) -> None:
+        """Keep the weights if no validation was better, and count the ones in vain."""
+        value = sum(self.weight(name) * mean for name, mean in losses.items() if name not in ("loss", "dar"))
+        if self.best is None or value < self.best["loss"]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = {"loss": value, "step": step, "n_in_vain": 0, "weights": weights}
+        else:
+            self.best["n_in_vain"] += 1
+
+    @property
+    def lost_patience(self) -> bool:
+        """Whether as many validations in vain have come as the settings bear."""
+        return self.best is not None and self.config.patience is not None and self.best["n_in_vain"] >= self.config.patience
 
     @torch.no_grad()
     def mean_losses(self, batches: Sequence[TokenBatch]) -> dict[str, float]:

@@ -30,11 +30,12 @@ from annformer.train import checkpoint
 from annformer.train.config import Machine, PretrainConfig
 from annformer.train.datamodule import CellDataModule
 from annformer.train.fit import fit, require_machine
-from annformer.train.folder import RunFolder, is_first_on_node, is_first_rank
+from annformer.train.folder import RunFolder
 from annformer.train.gene_init import co_expression, settle_untrained, start_genes_at
 from annformer.train.log import require_loggers
 from annformer.train.plan import TrainingPlan
-from annformer.train.ranks import of_all_ranks, on_first_rank
+from annformer.train.ranks import is_first_on_node, is_first_rank, of_all_ranks, on_first_rank
+from annformer.train.strategy import require_same_norm
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def pretrain(
     """
     machine = machine or Machine()
     require_machine(machine)
+    require_same_norm(machine, config.network(vocab))
     require_loggers(machine.loggers)
     run = RunFolder(Path(folder), config, source, vocab)
     run.check(overwrite=overwrite)
@@ -174,12 +176,7 @@ def device_of(machine: Machine) -> torch.device:
 
 def new_model(vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
     """Build a model with random weights, the same ones for the same seed."""
-    folder_config = ModelFolderConfig(
-        model=config.network(vocab),
-        tokenizer=config.tokenizer,
-        objectives=config.objectives,
-        untrained_genes=tuple(sorted(vocab.untrained)),
-    )
+    folder_config = ModelFolderConfig(model=config.network(vocab), tokenizer=config.tokenizer, objectives=config.objectives)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return ScGPT(folder_config, vocab)

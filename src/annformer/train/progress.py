@@ -13,8 +13,10 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from annformer.durations import in_words
 from annformer.train.datamodule import CellDataModule
 from annformer.train.flops import batch_flops, peak_flops
+from annformer.train.log import log_row
 from annformer.train.plan import Step, StepResult, TrainingPlan
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,7 @@ class ProgressReport(L.Callback):
             "train/learning_rate": plan.config.learning_rate * plan.rate_share(step - 1),
             "epoch": self.data.plan.epoch_of(step),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(row | speeds, step)
+        log_row(trainer.loggers, row | speeds, step)
         if trainer.is_global_zero:
             self._say(step, result, speeds, now)
         self.logged, self.cells, self.tokens, self.steps, self.flops = now, 0, 0, 0, 0
@@ -102,9 +103,4 @@ class ProgressReport(L.Callback):
             self.bar.update(self.bar.task_ids[0], completed=step, said=said)
         elif step == self.data.n_steps or step * _LINES // self.data.n_steps > (step - self.steps) * _LINES // self.data.n_steps:
             left = (now - self.began) / max(1, step - self.start) * (self.data.n_steps - step)
-            log.info("step %d of %d: %s, %s left", step, self.data.n_steps, said, _duration(left))
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+            log.info("step %d of %d: %s, %s left", step, self.data.n_steps, said, in_words(left))

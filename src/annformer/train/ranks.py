@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from annformer.model.ranks import n_ranks
 
 _T = TypeVar("_T")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def is_first_on_node() -> bool:
+    """Whether this process does what is needed once per machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 class SaidElsewhere(SystemExit):

@@ -29,10 +29,10 @@ def placement(machine: Machine, precision: Precision, model: ScGPT) -> dict[str,
     Raises
     ------
     InputError
-        When `machine` says something else than they do.
+        When `machine` says something else than they do, or the model can only be trained by one process.
     """
-    kind = "cuda" if machine.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    devices, nodes = _launched(machine) or (_devices(machine, kind), machine.nodes)
+    require_same_norm(machine, model.config.model)
+    kind, devices, nodes = _places(machine)
     plugins: list[Any] = [CheckpointFiles()]
     if not TorchElasticEnvironment.detect() and _slurm_started_this():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # which would save and stop in its own way
@@ -47,6 +47,14 @@ def placement(machine: Machine, precision: Precision, model: ScGPT) -> dict[str,
         "strategy": _strategy(machine.strategy, devices * nodes, model.config.model),
         "plugins": plugins,
     }
+
+
+def require_same_norm(machine: Machine, network: ModelConfig) -> None:
+    """Refuse a network whose gradient on several devices would not be that of one: each would normalise by its own cells only."""
+    _, devices, nodes = _places(machine)
+    if network.input_norm == "batch" and devices * nodes > 1:
+        found = f"input_norm is 'batch' and {devices * nodes} processes are to train: each would normalise by its own cells only"
+        raise input_error(found, "one process, or a norm that sees the cells of all", "train on one device, or choose another input_norm")
 
 
 def shard(model: ScGPT, mesh: DeviceMesh) -> None:
@@ -79,6 +87,12 @@ def _strategy(name: Literal["auto", "ddp", "fsdp"], n_processes: int, network: M
     untouched = network.batch_context or network.n_modalities > 0 or network.dose
     # buffers are statistics over all ranks, so equal on all of them
     return DDPStrategy(find_unused_parameters=untouched, broadcast_buffers=False)
+
+
+def _places(machine: Machine) -> tuple[Literal["cuda", "cpu"], int, int]:
+    """Kind of the devices, their number per node, and nodes."""
+    kind: Literal["cuda", "cpu"] = "cuda" if machine.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return kind, *(_launched(machine) or (_devices(machine, kind), machine.nodes))
 
 
 def _devices(machine: Machine, kind: str) -> int:

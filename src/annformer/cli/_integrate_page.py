@@ -1,0 +1,152 @@
+"""The page of an integration: maps before and after, losses, what was done with which cells and genes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from jaxtyping import Float
+
+from annformer.baselines.integration import INTEGRATION
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells
+from annformer.comparison.facts import model_facts, version_facts
+from annformer.comparison.methods import threads_kept
+from annformer.data.anndata import AnnDataSource
+from annformer.evaluate.integration import DEFINITIONS, integration_scores
+from annformer.report import Bullets, Code, Facts, Figure, Note, Page, Table, Text, line_panels, scatter_figure, umap
+from annformer.tasks.integration import BatchIntegrator
+
+OURS, FLOOR = "annformer fine-tuned", "PCA HVG"
+PACKAGES = ("annformer", "torch", "scanpy", "anndata", "numpy", "scipy", "scikit-learn", "umap-learn", "scib-metrics")
+SHOWN_SCORES = ("overall", "avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivity", "asw_batch", "kbet", "ilisi")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page is made of."""
+
+    integrator: BatchIntegrator
+    name: str
+    command: str
+    facts: Mapping[str, object]
+    embeddings: Mapping[str, Float[np.ndarray, "cell width"]]
+    maps: Mapping[str, Float[np.ndarray, "drawn 2"]]
+    columns: pd.DataFrame
+    scores: pd.DataFrame | None
+    """Of both embeddings, where the extra for it is installed."""
+
+    @classmethod
+    def of(cls, integrator: BatchIntegrator, adata: AnnData, *, label_key: str | None, name: str, command: str, seed: int) -> Self:
+        """Compute what is shown beside the result: principal components of the same cells, maps, scores."""
+        source = AnnDataSource(adata, gene_key=integrator.gene_key, layer=integrator.layer)
+        batches = adata.obs[integrator.batch_key].astype(str).to_numpy()
+        labels = None if label_key is None else adata.obs[label_key].astype(str).to_numpy()
+        counts = blind_cells(source, integrator.batch_key).X
+        ours = np.asarray(adata.obsm["X_annformer"])
+        with threads_kept():
+            embeddings = {OURS: ours, FLOOR: np.asarray(INTEGRATION[FLOOR](counts, batches, seed=seed))}
+            known = np.isfinite(ours[:, 0])
+            rows = drawn_cells(batches if labels is None else labels, known, seed)
+            maps = {method: umap(embedding[rows], seed=seed) for method, embedding in embeddings.items()}
+            scores = _scores(embeddings, labels, batches, known, seed)
+        label = label_key if label_key is not None else integrator.batch_key
+        sizes = zip(*np.unique(batches, return_counts=True), strict=True)
+        facts = {
+            "cells": name,
+            "size": f"{adata.n_obs:,} cells, {source.n_vars:,} genes",
+            "matrix used": f"{source.counts.where}: {source.counts.kind}",
+            "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
+            "genes read": f"{len(integrator.genes_):,} that vary within the batches",
+            "time": f"{integrator.seconds_:,.0f} s",
+        }
+        return cls(
+            integrator, name, command, facts, embeddings, maps, colours_of(adata.obs, label, integrator.batch_key).iloc[rows], scores
+        )
+
+
+def write_page(shown: Shown, path: Path) -> None:
+    """Put everything on one page."""
+    integrator = shown.integrator
+    page = Page(f"Integration of {shown.name} by {integrator.batch_key}", _summary(shown))
+    page.add("Maps", _maps(shown))
+    if shown.scores is not None:
+        table = shown.scores[["method", *(name for name in SHOWN_SCORES if name in shown.scores)]].rename(
+            columns=lambda c: c.replace("_", " ")
+        )
+        page.add(
+            "Scores", Table(table, "More is better."), Facts({name: DEFINITIONS[name] for name in SHOWN_SCORES if name in shown.scores})
+        )
+    page.add(
+        "Whether to trust it",
+        Note(
+            "This page shows the result beside principal components that were not integrated at all, which is not a hard test. "
+            "`annformer compare integrate`, with the same options, says whether Harmony or scVI would have done as well on these cells."
+        ),
+    )
+    page.add("Training", _curves(integrator.history_))
+    page.add("The cells", Facts(shown.facts))
+    page.add("Genes", Bullets(integrator.match_.report().lines()))
+    page.add("The model", Facts(model_facts(integrator.model_, "")))
+    page.add("How to get this page again", Code(shown.command), Facts(version_facts(PACKAGES)))
+    page.add("Using it", Text("Neighbours, clusters and maps of the integrated cells:"), Code(_USE))
+    page.write(path)
+
+
+def _scores(
+    embeddings: Mapping[str, np.ndarray], labels: np.ndarray | None, batches: np.ndarray, known: np.ndarray, seed: int
+) -> pd.DataFrame | None:
+    if find_spec("scib_metrics") is None:
+        return None
+    rows = []
+    for method, embedding in embeddings.items():
+        row = integration_scores(embedding[known], None if labels is None else labels[known], batches[known], seed=seed)
+        row.insert(0, "method", method)
+        rows.append(row)
+    return pd.concat(rows, ignore_index=True)
+
+
+def _summary(shown: Shown) -> str:
+    n = len(shown.integrator.batches_)
+    return (
+        f"{len(next(iter(shown.embeddings.values()))):,} cells of {n} batches in one embedding. Training saw batches and no label of types."
+    )
+
+
+def _maps(shown: Shown) -> Figure:
+    columns = shown.columns
+    hover = [f"{cell}: {', '.join(map(str, row))}" for cell, row in zip(columns.index, columns.iloc[:, :2].to_numpy(), strict=True)]
+    caption = (
+        "UMAPs of the same cells by both embeddings, with the same settings. Well integrated: batches overlap, types lie apart. Choose "
+        "another column to colour by, point at a cell for its name. A UMAP bends distances: do not measure on it."
+    )
+    return scatter_figure(shown.maps, columns, colour_by=[str(name) for name in columns.columns[:2]], hover=hover, caption=caption)
+
+
+def _curves(history: pd.DataFrame) -> Figure:
+    names = dict.fromkeys(str(column).partition("/")[2] for column in history if str(column).startswith("validation/"))
+    panels: dict[str, dict[str, Any]] = {}
+    for name in names:
+        lines: dict[str, Any] = {}
+        for column, words in ((f"train/{name}", "learned from"), (f"validation/{name}", "held back")):
+            some = history[["step", column]].dropna() if column in history else history.iloc[:0]
+            if len(some):
+                lines[words] = (some["step"].to_numpy(), some[column].to_numpy())
+        panels[name.replace("_", " ")] = lines
+    return line_panels(
+        panels, x="step", y="loss", caption="Losses on the cells that are learned from, and on those held back to stop in time."
+    )
+
+
+_USE = """\
+import scanpy as sc
+
+adata = sc.read_h5ad("integrated.h5ad")
+sc.pp.neighbors(adata, use_rep="X_annformer")
+sc.tl.umap(adata)
+sc.tl.leiden(adata, flavor="igraph", n_iterations=2)"""

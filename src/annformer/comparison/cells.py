@@ -1,0 +1,129 @@
+"""The cells of a comparison: what the methods get, what only the scores see, what the page says of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from jaxtyping import Bool, Int, Shaped
+from scipy.sparse import csr_matrix, vstack
+
+from annformer.comparison.methods import reading_quietly
+from annformer.data.anndata import AnnDataSource
+from annformer.data.tables import require_column
+from annformer.errors import input_error
+from annformer.evaluate.integration import UNLABELLED
+
+MOST_DRAWN = 2_000
+"""Cells on the maps: more are slow to draw and hide each other."""
+FEWEST_DRAWN = 20
+"""Cells of a type that are drawn even when it is rare."""
+MOST_LEVELS = 56
+"""Categories that a column may have to colour the maps."""
+MOST_COLUMNS = 12
+NOTHING = UNLABELLED[0]
+
+
+def read_cells(path: str | Path, *, batch_key: str, label_key: str, layer: str | None = None, gene_key: str | None = None) -> AnnData:
+    """Read an h5ad file or zarr folder into memory, once it is clear that it holds what is needed."""
+    with reading_quietly(), AnnDataSource(path, layer=layer, gene_key=gene_key) as source:
+        labels_of(source, label_key)
+        batches_of(source, batch_key)
+    return anndata.read_zarr(path) if Path(path).is_dir() else anndata.read_h5ad(path)
+
+
+def batches_of(source: AnnDataSource, batch_key: str) -> Shaped[np.ndarray, "cell"]:
+    """Batch of every cell as text.
+
+    Raises
+    ------
+    InputError
+        When there is no such column, a cell has no value in it, or all have the same.
+    """
+    codes = source.codes("batch", batch_key)
+    names = np.asarray(source.categories["batch"], dtype=object)
+    if len(names) < 2:
+        found = f"obs[{batch_key!r}] has one value, {names[0]!r}, in all cells"
+        raise input_error(found, "at least two batches", "name another column with batch_key (--batch_key): one batch needs no integration")
+    return names[codes]
+
+
+def blind_cells(source: AnnDataSource, batch_key: str) -> AnnData:
+    """Counts, gene names and batches: all that a method gets, so that none can look at a label.
+
+    Raises
+    ------
+    InputError
+        When the cells have logarithms only.
+    """
+    if source.counts.kind == "log-normalised":
+        found = f"{source.name} holds no counts: {source.counts.where} holds logarithms"
+        raise input_error(found, "the raw counts of every cell, in X or a layer", "put them into layers['counts'], or name their layer")
+    blocks = [block for _, block in source.raw_blocks()]
+    parts = [csr_matrix((block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, source.n_vars)) for block in blocks]
+    counts = csr_matrix(vstack(parts, format="csr"), dtype=np.float32)
+    genes = np.flatnonzero(np.asarray(source.gene_names) != "")
+    obs = pd.DataFrame({batch_key: pd.Categorical(batches_of(source, batch_key))}, index=np.asarray(source.obs_names).astype(str))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that occur twice: genes are added up, and the gene match says so
+        return AnnData(counts[:, genes], obs=obs, var=pd.DataFrame(index=np.asarray(source.gene_names)[genes].astype(str)))
+
+
+def labels_of(source: AnnDataSource, label_key: str) -> Shaped[np.ndarray, "cell"]:
+    """Type of every cell as text, "unlabelled" where there is none.
+
+    Raises
+    ------
+    InputError
+        When there is no such column, or fewer than two types.
+    """
+    values = require_column(source.container.obs, label_key, where="obs", option="label_key")
+    text = values.astype(object).where(values.notna(), NOTHING).astype(str).to_numpy()
+    kinds = sorted(set(text) - set(UNLABELLED))
+    if len(kinds) < 2:
+        found = f"obs[{label_key!r}] names {f'one type, {kinds[0]!r}' if kinds else 'no type at all'}"
+        raise input_error(found, "at least two types of cells", "name another column with label_key (--label_key)")
+    return text
+
+
+def data_card(
+    source: AnnDataSource, name: str, *, kept: Bool[np.ndarray, "cell"], label_key: str, batch_key: str, n_labels: int
+) -> dict[str, object]:
+    """Say what the cells are."""
+    counts = source.counts
+    left_out = int((~kept).sum())
+    reads = np.concatenate([np.diff(block.indptr) for _, block in source.raw_blocks()])
+    return {
+        "cells": name,
+        "size": f"{source.n_obs:,} cells, {source.n_vars:,} genes",
+        "expressed genes per cell": f"{np.median(reads):,.0f} (median)",
+        "matrix used": f"{counts.where}: {counts.kind}{f'. {counts.note}' if counts.note else ''}",
+        "batches": f"{batch_key}: {len(source.categories['batch'])}",
+        "types": f"{label_key}: {n_labels}",
+        "left out": f"{left_out:,} cells without a representation by some method" if left_out else "no cell",
+    }
+
+
+def drawn_cells(labels: Sequence[str] | np.ndarray, kept: Bool[np.ndarray, "cell"], seed: int) -> Int[np.ndarray, "drawn"]:
+    """Cells for the maps, in order: all when they are few, else a random choice in which no type is missing."""
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
+    place = pd.Series(np.asarray(labels)[rows]).groupby(np.asarray(labels)[rows]).cumcount().to_numpy()
+    first = np.concatenate([np.flatnonzero(place < FEWEST_DRAWN), np.flatnonzero(place >= FEWEST_DRAWN)])
+    return np.sort(rows[first[:MOST_DRAWN]])
+
+
+def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str) -> pd.DataFrame:
+    """Columns that can colour a map; batch and type first."""
+    others = [name for name in obs if name not in (batch_key, label_key) and _can_colour(obs[name])]
+    return obs[list(dict.fromkeys([batch_key, label_key, *others]))[:MOST_COLUMNS]]
+
+
+def _can_colour(column: pd.Series) -> bool:
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        return column.nunique() > 1
+    return 1 < column.nunique() <= MOST_LEVELS

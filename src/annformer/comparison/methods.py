@@ -1,0 +1,223 @@
+"""Methods that are compared, and running each once per seed with a watch on time and memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from jaxtyping import Float
+
+from annformer.durations import in_words
+from annformer.errors import input_error
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["ours", "floor", "control"]
+SAMPLED_EVERY = 0.02
+"""Seconds between two looks at the memory."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method returns."""
+
+    embedding: Float[np.ndarray, "cell width"]
+    history: pd.DataFrame | None = None
+    genes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods."""
+
+    name: str
+    kind: Kind
+    make: Callable[[AnnData, int], Made]
+    """Cells and seed to embedding. The cells have counts and, in obs, the batch only: nothing can look at a label."""
+    random: bool = True
+    """Its result depends on the seed, so it is run with every seed."""
+    missing: str | None = None
+    """What to install, when it cannot run here."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed."""
+
+    method: Method
+    seed: int
+    made: Made
+    seconds: float
+    memory_mb: float
+
+
+def choose(table: Mapping[str, Method], wanted: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
+    """Methods to run, and those that cannot run with the reason.
+
+    Raises
+    ------
+    InputError
+        When one that was asked for by name does not exist or cannot run here, or when nothing of ours or no floor is left.
+    """
+    if wanted is None:
+        chosen = [method for method in table.values() if method.missing is None]
+        return _enough(chosen, table), {name: method.missing for name, method in table.items() if method.missing is not None}
+    spelt = {_plain(name): name for name in table}
+    chosen = []
+    for plain, name in {_plain(name): name for name in wanted}.items():
+        if plain not in spelt:
+            near = get_close_matches(plain, spelt, n=2, cutoff=0.5)
+            found = f"there is no method {name!r}"
+            remedy = f"did you mean {' or '.join(spelt[text] for text in near)}?" if near else "choose among them, or leave --methods out"
+            raise input_error(found, f"some of {', '.join(table)}", remedy)
+        method = table[spelt[plain]]
+        if method.missing is not None:
+            found = f"{method.name} cannot run here"
+            raise input_error(found, method.missing, "install it, or leave the method out of --methods")
+        chosen.append(method)
+    return _enough(chosen, table), {}
+
+
+def _plain(name: str) -> str:
+    """Spell a name as people may: in any case, with dashes, ours with or without our name."""
+    return " ".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split()).removeprefix("annformer ")
+
+
+def _enough(chosen: list[Method], table: Mapping[str, Method]) -> list[Method]:
+    for kind, what in (("ours", "method of annformer"), ("floor", "baseline")):
+        if not any(method.kind == kind for method in chosen):
+            names = [name for name, method in table.items() if method.kind == kind]
+            found = f"there is no {what} among the methods {', '.join(method.name for method in chosen)}"
+            raise input_error(found, f"at least one of {', '.join(names)}", "add one of them to --methods")
+    return chosen
+
+
+def run_all(methods: Iterable[Method], cells: AnnData, seeds: Sequence[int]) -> list[Run]:
+    """Run every method on the same cells, random ones with every seed.
+
+    The floors come first: they are quick, so what is wrong with the cells shows early.
+    """
+    rank = {"floor": 0, "ours": 1, "control": 2}
+    jobs = [(m, seed) for m in sorted(methods, key=lambda m: rank[m.kind]) for seed in (seeds if m.random else seeds[:1])]
+    runs = []
+    for number, (method, seed) in enumerate(jobs, 1):
+        log.info("[%d/%d] %s%s", number, len(jobs), method.name, f", seed {seed}" if method.random and len(seeds) > 1 else "")
+        runs.append(_run(method, _fresh(cells), seed))
+        log.info("took %s", in_words(runs[-1].seconds))
+    return runs
+
+
+def _fresh(cells: AnnData) -> AnnData:
+    """The same cells in an object of their own, so that no method finds what another left; the counts are shared."""
+    return AnnData(cells.X, obs=cells.obs.copy(), var=cells.var.copy())
+
+
+def _run(method: Method, cells: AnnData, seed: int) -> Run:
+    with threads_kept(), MemoryWatch() as memory:
+        began = time.perf_counter()
+        made = method.make(cells, seed)
+        seconds = time.perf_counter() - began
+    assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
+    return Run(method, seed, made, seconds, memory.growth_mb)
+
+
+@dataclass
+class MemoryWatch:
+    """Growth of this process's resident memory while a block runs, at its peak, looked at every few hundredths of a second.
+
+    Memory that stays with the process from earlier work and is used again is not counted.
+    """
+
+    growth_mb: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        import psutil
+
+        gc.collect()
+        process = psutil.Process()
+        before = process.memory_info().rss
+
+        def watch() -> None:
+            while True:
+                self.growth_mb = max(self.growth_mb, (process.memory_info().rss - before) / 2**20)
+                if self._stop.wait(SAMPLED_EVERY):
+                    return
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Scanpy and others set the number of threads for everybody: put it back."""
+    import numba
+    import torch
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
+
+
+@contextmanager
+def reading_quietly() -> Iterator[None]:
+    """The same cells are read several times; what is found out about them stands on the page."""
+    reader = logging.getLogger("annformer.data")
+    before = reader.level
+    reader.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        reader.setLevel(before)
+
+
+def shuffled(runs: Sequence[Run], ours: str, seed: int) -> Run:
+    """Return the control: the embedding of `ours` with its rows dealt to other cells."""
+
+    def make(_cells: AnnData, seed: int) -> Made:
+        rows = next(run.made.embedding for run in runs if run.method.name == ours)
+        return Made(np.random.default_rng(seed).permutation(rows, axis=0))
+
+    method = Method(CONTROL, "control", make, random=False)
+    return Run(method, seed, make(AnnData(), seed), 0.0, 0.0)
+
+
+CONTROL = "shuffled cells"
+
+
+def log_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """Losses of all runs that have some, by method and seed."""
+    tables: list[Any] = []
+    for run in runs:
+        if run.made.history is not None:
+            table = run.made.history.copy()
+            table.insert(0, "method", run.method.name)
+            table.insert(1, "seed", run.seed)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["method", "seed", "step"])
+
+
+def first_of(runs: Sequence[Run]) -> dict[str, Float[np.ndarray, "cell width"]]:
+    """Embedding of every method with the first seed."""
+    found: dict[str, np.ndarray] = {}
+    for run in runs:
+        found.setdefault(run.method.name, run.made.embedding)
+    return found

@@ -1,0 +1,132 @@
+"""The still images of figures, for readers without scripts: drawn by matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from annformer.errors import input_error
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito's palette, which people with any kind of colour vision can tell apart."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star")
+"""Marker shapes by plotly's names; seven and eight have no common divisor, so 56 categories look different."""
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "triangle-down": "v", "star": "*"}
+_DASHES = ("-", "--", ":", "-.")
+_MANY = 4
+"""Maps in one picture from which on they are drawn smaller."""
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Name -> x values, y values."""
+
+
+def scatter_png(panels: Mapping[str, Float[np.ndarray, "cell 2"]], described: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Draw every panel once for each of the columns in `described`."""
+    views = [(title, xy, name) for title, xy in panels.items() for name in described]
+    columns = min(2, len(views))
+    rows = math.ceil(len(views) / columns)
+    small = len(views) > _MANY
+    figure, axes = _canvas(rows, columns, width=(3.6 if small else 5.2) * columns, height=0.8 + (3.2 if small else 4.8) * rows)
+    for axis in axes[len(views) :]:
+        axis.remove()
+    for axis, (title, xy, name) in zip(axes, views, strict=False):
+        column = described[name]
+        if "levels" in column:
+            _draw_categories(axis, xy, column, size=8 if small else 20)
+        else:
+            numbers = np.array([math.nan if value is None else value for value in column["numbers"]])
+            figure.colorbar(axis.scatter(xy[:, 0], xy[:, 1], c=numbers, s=14, cmap="cividis"), ax=axis, label=name)
+        axis.set(title=f"{title}, by {name}" if len(described) > 1 else title, xticks=[], yticks=[])
+        if small:
+            axis.title.set_fontsize(9)
+    _add_legends(figure, axes, list(described))
+    return _png(figure)
+
+
+def _draw_categories(axis: Any, xy: np.ndarray, described: Mapping[str, Any], *, size: float) -> None:
+    codes = np.array(described["codes"])
+    for n, level in enumerate(described["levels"]):
+        here = xy[codes == n]
+        look = {"c": COLOURS[n % len(COLOURS)], "marker": _MARKERS[SYMBOLS[n % len(SYMBOLS)]]}
+        axis.scatter(here[:, 0], here[:, 1], **look, s=size, linewidths=0.3, edgecolors="#333333", label=f"{level} ({len(here)})")
+
+
+def _add_legends(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
+    """One legend for each column, side by side below the maps."""
+    places = ["outside lower center"] if len(names) == 1 else ["outside lower left", "outside lower right"]
+    for axis, name, place in zip(axes, names, places, strict=False):
+        handles, labels = axis.get_legend_handles_labels()
+        if handles:
+            wide = min(3, len(labels)) if len(names) == 1 else 1
+            figure.legend(handles, labels, loc=place, ncols=wide, frameon=False, title=name, markerscale=1.6, fontsize="small")
+
+
+def lines_png(panels: Mapping[str, Lines], names: Sequence[str], x: str, y: str) -> bytes:
+    """Draw plots of lines; the place of a name in `names` is its look."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = _canvas(rows, columns, width=7.5 if columns == 1 else 9.0, height=4.0 if rows == 1 else 2.8 * rows)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, (xs, ys) in lines.items():
+            n = names.index(name)
+            axis.plot(xs, ys, _DASHES[n % len(_DASHES)], color=COLOURS[n % (len(COLOURS) - 1)], linewidth=1.8, label=name)
+        axis.set(xlabel=x, ylabel=y, title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+    if len(panels) == 1:
+        axes[0].legend(frameon=False, fontsize="small")
+    else:
+        labelled = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def dots_png(
+    measures: Mapping[str, pd.DataFrame], intervals: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], marked: float | None, x: str
+) -> bytes:
+    """Draw every measure in a plot of its own, one below the other."""
+    first = next(iter(measures.values()))
+    height = (1.3 + 0.32 * len(first)) * len(measures) + 0.25 * len(first.columns)
+    figure, axes = _canvas(len(measures), 1, width=8.0, height=height)
+    for axis, (name, table) in zip(axes, measures.items(), strict=True):
+        places = np.arange(len(table))[::-1]
+        for n, column in enumerate(table.columns):
+            look = {"color": COLOURS[n % len(COLOURS)], "marker": _MARKERS[SYMBOLS[n % len(SYMBOLS)]]}
+            shift = 0.0 if len(table.columns) == 1 else 0.5 * (0.5 - n / (len(table.columns) - 1))
+            axis.plot(table[column], places + shift, linestyle="", label=str(column), markeredgecolor="#333333", **look)
+            if name in intervals:
+                low, high = intervals[name]
+                axis.hlines(places + shift, low[column], high[column], color=COLOURS[n % len(COLOURS)])
+        if marked is not None:
+            axis.axvline(marked, color="#566074", linewidth=1)
+        axis.set(title=name, yticks=places, yticklabels=[str(row) for row in table.index])
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(x)
+    if len(first.columns) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
+    if find_spec("matplotlib") is None:
+        found = "figures need matplotlib, which is not installed"
+        raise input_error(found, "the extra `report`", "pip install 'annformer[report]'")
+    from matplotlib.figure import Figure as Canvas  # not pyplot: no back end is chosen and nothing stays open
+
+    figure = Canvas(figsize=(width, height), layout="constrained")
+    return figure, list(np.ravel(figure.subplots(rows, columns)))
+
+
+def _png(figure: Any) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    return image.getvalue()

@@ -1,0 +1,127 @@
+"""What the estimators share: a pretrained network grown into one for a task, and trained on cells in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch import Tensor
+
+from annformer.durations import in_words
+from annformer.errors import input_error
+from annformer.scgpt import ModelFolderConfig, ScGPT
+from annformer.train.config import Machine
+from annformer.train.datamodule import CellDataModule
+from annformer.train.estimate import measure
+from annformer.train.fit import fit
+from annformer.train.plan import TrainingPlan
+from annformer.vocab import GeneVocab
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"
+FEW_STEPS = 100
+"""Up to here a run is as short as the measurement of its steps."""
+FORWARD_SHARE = 1 / 3
+"""Of the work of a training step, what comes before the gradients."""
+
+
+def loaded(model: ScGPT | str | Path) -> ScGPT:
+    """The model itself, or the one of that name, on the CPU."""
+    return model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
+
+
+def grown(base: ScGPT, config: ModelFolderConfig, vocab: GeneVocab, *, pretrained: bool, seed: int) -> ScGPT:
+    """Build a model of `config` that begins as `base` does.
+
+    A tensor that has grown (a head that reads a context as well) gets the old one as its first block and zeros beside it, so that the
+    function is the old one until training finds a use for the new inputs. What is new is random, or starts at what its module says.
+
+    Parameters
+    ----------
+    pretrained
+        False: take nothing from `base`: the same network from scratch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ScGPT(config, vocab)
+    if pretrained:
+        old = base.state_dict()
+        model.load_state_dict({name: _begun(new, old.get(name)) for name, new in model.state_dict().items()})
+    return model
+
+
+def _begun(new: Tensor, old: Tensor | None) -> Tensor:
+    if old is None or old.ndim != new.ndim or any(was > now for was, now in zip(old.shape, new.shape, strict=True)):
+        return new
+    begun = torch.zeros_like(new) if old.shape != new.shape else new.clone()
+    begun[tuple(slice(0, was) for was in old.shape)] = old.to(new.dtype)
+    return begun
+
+
+def trained(
+    model: ScGPT, data: CellDataModule, *, folder: Path | None, job: Mapping[str, Any], device: str | None, threads: int | None
+) -> pd.DataFrame:
+    """Train in place; return the log.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints go, so that the same call goes on after a kill; None: into a temporary one.
+    job
+        What must be the same for a run to go on.
+    """
+    machine = Machine(accelerator="cuda" if device is not None and device.startswith("cuda") else "cpu", devices=1)
+    with _run_folder(folder, job) as path, torch_threads(threads):
+        if data.n_steps > FEW_STEPS:
+            log.info("%s", expected(model, data))
+        return fit(TrainingPlan(model, data.config, data.n_steps), data, path, machine)
+
+
+def expected(model: ScGPT, data: CellDataModule) -> str:
+    """Say what training, and embedding the cells after it, will take, from a few steps of a copy."""
+    device = next(model.parameters()).device
+    seconds, working, _, tokens = measure(copy.deepcopy(model), data, device, 1)
+    config, n_validated = data.config, len(data.config.asked_shares) * data.n_tokens[data.validated_rows].sum()
+    forwards = (config.validations + 1) * n_validated + data.n_tokens.sum()
+    needed = seconds / tokens * (data.plan.tokens_until(data.n_steps) + FORWARD_SHARE * forwards)
+    memory = psutil.Process().memory_info().rss + working + 12 * sum(parameter.numel() for parameter in model.parameters())
+    shorter = f"; shorter with fewer epochs (train.epochs, now {config.epochs:g}) or tokens (train.max_length)" if needed > 120 else ""
+    return f"about {in_words(needed)} for {data.n_steps:,} steps and the embedding, {memory / 1e9:.1f} GB of memory{shorter}"
+
+
+@contextmanager
+def torch_threads(n: int | None) -> Iterator[None]:
+    """Let torch use `n` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="annformer-") as name:
+            yield Path(name)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(job, sort_keys=True)
+    if (folder / JOB).is_file():
+        if (folder / JOB).read_text(encoding="utf-8") != text:
+            found = f"{folder} holds the training of other cells, another model or another recipe"
+            raise input_error(found, "the same call as before, to go on with", "repeat that call, or begin anew (--overwrite)")
+    else:
+        (folder / JOB).write_text(text, encoding="utf-8")
+    yield folder

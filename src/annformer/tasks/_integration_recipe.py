@@ -1,0 +1,94 @@
+"""IntegrationRecipe: every choice of a batch integration."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from annformer.config import Config
+from annformer.errors import input_error
+from annformer.objectives.gep import GEPConfig
+from annformer.objectives.gepc import GEPCConfig
+from annformer.train.config import TrainConfig
+
+NAMES = ("integrate", "integrate-original")
+"""Recipes that ship."""
+
+
+class AnchorSettings(Config):
+    """How the places are found that cell embeddings are drawn to."""
+
+    n_components: int = Field(50, gt=1)
+    """Principal components of the expression of the chosen genes, and length of the integrated embedding."""
+    strength: float = Field(2.0, ge=0)
+    """How strongly batches are mixed inside clusters; 0: clusters form as they will."""
+    n_neighbours: int = Field(30, gt=0)
+    """Cells of each batch that a cell's place is drawn to."""
+    smoothing: float = Field(0.6, ge=0, le=1)
+    """Share of these neighbours in the place: more makes tighter types, and takes large ones apart."""
+
+
+class IntegrationRecipe(Config):
+    """Settings of a `BatchIntegrator`. The defaults are measured ones (docs/guides/integrate.md)."""
+
+    n_genes: int = Field(2000, gt=0)
+    """Highly variable genes that are read, chosen within the batches."""
+    zeros: Annotated[float, Field(ge=0)] | Literal["all"] = 1.0
+    """Chosen genes that a cell does not express, as tokens: so many for each that it does, drawn anew in every step, or "all"."""
+    max_length: int = Field(1201, ge=2)
+    """Most tokens of a cell when it is embedded; training may take fewer (`train.max_length`)."""
+    cls_value: float | None = None
+    """Value at `<cls>`; by default the one that the model knows."""
+    view: bool = True
+    """Let the cell embedding read log-normalised expression beside the tokens."""
+    dsbn: bool = False
+    """Normalise tokens by the statistics of their batch."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """By default that of the model."""
+    gep: GEPConfig | None = Field(default_factory=lambda: GEPConfig.read({}, where="default"))
+    gepc: GEPCConfig | None = Field(default_factory=lambda: GEPCConfig.read({}, where="default"))
+    ecs_weight: float = Field(0.0, ge=0)
+    """0: the objective is left out, as with the next ones."""
+    ecs_threshold: float = Field(0.8, ge=0, le=1)
+    dar_weight: float = Field(1.0, ge=0)
+    anchor_weight: float = Field(10.0, ge=0)
+    anchor: AnchorSettings = Field(default_factory=lambda: AnchorSettings.read({}, where="default"))
+    least_steps: int = Field(0, ge=0)
+    """Few cells are seen more often than `train.epochs` says, until there are so many steps."""
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig.read({}, where="default"))
+
+    @classmethod
+    def named(cls, name: str) -> IntegrationRecipe:
+        """Read one that ships, or a YAML file.
+
+        Raises
+        ------
+        InputError
+            When there is none, or with every setting that is unknown or out of range.
+        """
+        path: Any = files("annformer") / "recipes" / f"{name}.yaml" if name in NAMES else Path(name)
+        if not path.is_file():
+            found = f"there is no recipe {name!r}"
+            raise input_error(found, f"one of {', '.join(NAMES)}, or a YAML file", "check the name")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            found = f"the recipe {name} is not YAML: {' '.join(str(error).split())}"
+            raise input_error(found, "settings of an integration", "correct the line that is named") from None
+        return cls.read(values or {}, where=f"the recipe {name}")
+
+    def objectives(self, n_batches: int) -> dict[str, dict[str, Any]]:
+        """Settings of the objectives, for so many batches."""
+        named = {"gep": self.gep, "gepc": self.gepc}
+        chosen = {name: settings.model_dump() for name, settings in named.items() if settings is not None}
+        if self.ecs_weight:
+            chosen["ecs"] = {"kind": "ecs", "weight": self.ecs_weight, "threshold": self.ecs_threshold}
+        if self.dar_weight:
+            chosen["dar"] = {"kind": "dar", "weight": self.dar_weight, "n_batches": n_batches}
+        if self.anchor_weight:
+            chosen["anchor"] = {"kind": "anchor", "weight": self.anchor_weight, "n_components": self.anchor.n_components}
+        return chosen

@@ -1,0 +1,441 @@
+"""BatchIntegrator: one embedding for cells of several batches, and their expression without what the batches add."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from jaxtyping import Float, Int
+from safetensors.numpy import load_file
+
+import annformer
+from annformer import checkpoints
+from annformer.baselines.expression import highly_variable
+from annformer.config import Config
+from annformer.data.anndata import AnnDataSource
+from annformer.data.random_cells import MemoryCells
+from annformer.errors import AnnformerWarning, input_error
+from annformer.inference import encode_cells
+from annformer.objectives.anchor import Anchor
+from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
+from annformer.tasks._alignment import find_anchors
+from annformer.tasks._correction import Correction, fit_correction
+from annformer.tasks._finetune import grown, loaded, torch_threads, trained
+from annformer.tasks._integration_recipe import IntegrationRecipe
+from annformer.tokenizer import panel_expression
+from annformer.train.datamodule import CellDataModule
+from annformer.vocab import GeneVocab
+
+log = logging.getLogger(__name__)
+
+FEWEST_CELLS = 10
+"""Cells of the smallest batch: fewer tell nothing about what the batch does to expression."""
+FEWEST_GENES = 50
+TASK = "integration"
+
+
+class Options(Config):
+    """What a `BatchIntegrator` was told."""
+
+    batch_key: str
+    layer: str | None
+    gene_key: str | None
+    seed: int
+
+
+class Integrated(Config):
+    """What the folder of a fine-tuned model says of its integrator."""
+
+    batches: tuple[str, ...]
+    options: Options
+
+
+class BatchIntegrator:
+    """Fine-tune a model on cells of several batches until its cell embedding tells types and not batches (scGPT, Methods "Integration").
+
+    Beside GEP, GEPC and DAR, with batch embeddings beside the heads and never in the transformer, every cell embedding is drawn to an
+    anchor: the mean place of the cells like it in all batches (`tasks/_alignment.py`). Nothing reads a label of cell types.
+
+    Parameters
+    ----------
+    model
+        What to begin with: a model, its folder or its name.
+    batch_key
+        Column of obs that names the batch of each cell.
+    recipe
+        "integrate", "integrate-original" (scGPT's settings), a YAML file, or an `IntegrationRecipe`.
+    pretrained
+        False: the same network with random weights, to see what pretraining is worth.
+    layer, gene_key
+        Where counts and gene names are, if not where `AnnDataSource` finds them.
+    seed
+        Decides everything that is drawn.
+    device
+        Such as "cuda"; None: the CPU.
+    threads
+        Of the CPU; None: as torch is set.
+
+    Attributes
+    ----------
+    model_
+        The fine-tuned model.
+    batches_
+        Names of the batches, in the order of their codes.
+    genes_
+        The genes that are read.
+    match_
+        How the genes of the data were found in the vocabulary.
+    history_
+        Losses by step, `train/...` and `validation/...`.
+    seconds_
+        What `fit` took.
+    """
+
+    def __init__(
+        self,
+        model: ScGPT | str | Path = DEFAULT_MODEL,
+        *,
+        batch_key: str,
+        recipe: str | Path | IntegrationRecipe = "integrate",
+        pretrained: bool = True,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.model, self.batch_key, self.recipe, self.pretrained = model, batch_key, recipe, pretrained
+        self.layer, self.gene_key, self.seed, self.device, self.threads = layer, gene_key, seed, device, threads
+        self._known: tuple[str, Float[np.ndarray, "cell width"]] | None = None
+        self._correction: Correction | None = None
+
+    def fit(self, adata: AnnData | str | Path, *, folder: str | Path | None = None) -> Self:
+        """Fine-tune on all cells, some held back to stop in time.
+
+        Parameters
+        ----------
+        adata
+            Counts of cells of at least two batches.
+        folder
+            Keeps checkpoints, so that the same call goes on after a kill.
+
+        Raises
+        ------
+        InputError
+            When there is one batch only, a batch of few cells, a cell without batch, no counts, or hardly a gene that varies.
+        """
+        began = time.monotonic()
+        recipe = self.recipe if isinstance(self.recipe, IntegrationRecipe) else IntegrationRecipe.named(str(self.recipe))
+        base = loaded(self.model)
+        vocab = base.vocab.all_trained()
+        source = self._source(adata)
+        _require_counts(source)
+        cells = MemoryCells(source, vocab, [self.batch_key])
+        codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
+        _require_batches(codes, self.batches_, self.batch_key)
+        self.match_ = source.match(vocab)
+        panel = _chosen_genes(cells, codes, recipe.n_genes)
+        self.genes_ = tuple(vocab.tokens[i] for i in panel)
+        self.model_ = self._begin(base, vocab, recipe)
+        data = self._data(cells, recipe)
+        if data.n_steps < recipe.least_steps:
+            epochs = recipe.train.epochs * recipe.least_steps / data.n_steps
+            data = self._data(cells, recipe.with_(train=recipe.train.with_(epochs=epochs).model_dump()))
+        expression = self._expression(cells)
+        self._prepare(expression, codes, recipe)
+        digest = _digest(cells, codes)
+        job = {"model": base.fingerprint, "recipe": recipe.model_dump(mode="json"), "seed": self.seed, "cells": digest}
+        log.info(
+            "fine-tuning %s on %s cells (%s held back) of %d batches, %s genes, for %d steps",
+            base.name,
+            *map("{:,}".format, (len(data.training_rows), len(data.validation_rows))),
+            len(self.batches_),
+            f"{len(panel):,}",
+            data.n_steps,
+        )
+        place = None if folder is None else Path(folder)
+        self.history_ = trained(self.model_, data, folder=place, job=job, device=self.device, threads=self.threads)
+        self.model_.eval()
+        with torch_threads(self.threads):
+            states = self._encoded(source, codes)
+            self._known = digest, states
+            self._correction = None if recipe.gepc is None else fit_correction(self.model_, states, codes, expression)
+        self.seconds_ = time.monotonic() - began
+        return self
+
+    def transform(self, adata: AnnData, *, key_added: str = "X_annformer", copy: bool = False) -> AnnData | None:
+        """Write the integrated embedding into `obsm[key_added]` (float32): of the fitted cells, or of new ones.
+
+        Its rows are not brought to length 1, as those of `embed` are: the length tells cells apart too.
+
+        Raises
+        ------
+        InputError
+            When a batch was not among the fitted ones, or the genes are not there.
+        """
+        self._require_fitted()
+        source = self._source(adata)
+        embedding = self._placed(self._states(source))
+        _warn_empty(embedding)
+        target = adata.copy() if copy else adata
+        target.obsm[key_added] = embedding
+        target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: self._record()}
+        return target if copy else None
+
+    def fit_transform(self, adata: AnnData, *, key_added: str = "X_annformer") -> Self:
+        """`fit`, then `transform` of the same cells."""
+        self.fit(adata).transform(adata, key_added=key_added)
+        return self
+
+    def corrected(
+        self, adata: AnnData, *, batch: str | Literal["mean"] = "mean", key_added: str = "annformer_corrected", copy: bool = False
+    ) -> AnnData | None:
+        """Write expression decoded from the cell embedding into `obsm[key_added]`, a DataFrame of cells by `genes_`.
+
+        The GEPC head decodes each gene with the batch context averaged over the batches, or that of one batch for all cells; a line per
+        gene, fitted on the cells of `fit`, turns value bins into log-normalised expression. It is a model's smooth account of each cell:
+        good for plots and for comparing cells across batches, not a replacement for counts in tests of differential expression.
+
+        Parameters
+        ----------
+        batch
+            "mean", or the name of a batch, as which all cells are shown.
+        """
+        self._require_fitted()
+        if self._correction is None:
+            found = "a recipe without gepc"
+            raise input_error(found, "a model that decodes expression from cell embeddings", "fit with gepc in the recipe")
+        weights = self._batch_weights(batch)
+        states = self._states(self._source(adata))
+        with torch_threads(self.threads):
+            values = self._correction.decode(self.model_, states, weights)
+        target = adata.copy() if copy else adata
+        target.obsm[key_added] = pd.DataFrame(values, index=target.obs_names, columns=list(self.genes_))
+        return target if copy else None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fine-tuned model, with all that `transform` and `corrected` need, as a model folder; whole or not at all."""
+        self._require_fitted()
+        self.model_.save_pretrained(folder, correction=None if self._correction is None else self._correction.tensors())
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InputError
+            When the folder holds a model of another task.
+        """
+        model = ScGPT.from_pretrained(folder)
+        made = model.config.provenance
+        if made.get("task") != TASK:
+            task = made.get("task", "no task: it is a pretrained one")
+            found = f"the model in {folder} was made for {task}"
+            raise input_error(found, "a model that `annformer integrate` or BatchIntegrator.save wrote", "give its folder")
+        settings = Integrated.read(made.get("integrator"), where=f"provenance in config.json of {folder}")
+        loaded_one = cls(model, device=device, threads=threads, **settings.options.model_dump())
+        loaded_one.model_, loaded_one.genes_, loaded_one.batches_ = model, model.config.panel, settings.batches
+        path = Path(folder) / checkpoints.CORRECTION
+        loaded_one._correction = Correction(**load_file(path)) if path.is_file() else None
+        return loaded_one
+
+    def _source(self, adata: AnnData | str | Path) -> AnnDataSource:
+        return AnnDataSource(adata, gene_key=self.gene_key, layer=self.layer)
+
+    def _begin(self, base: ScGPT, vocab: GeneVocab, recipe: IntegrationRecipe) -> ScGPT:
+        """The network before the first step."""
+        n = len(self.batches_)
+        network = base.config.model.with_(
+            n_batches=n,
+            batch_context=True,
+            input_norm="domain" if recipe.dsbn else base.config.model.input_norm,
+            view=len(self.genes_) if recipe.view else 0,
+            dropout=base.config.model.dropout if recipe.dropout is None else recipe.dropout,
+        )
+        own = base.tokenizer
+        tokens = own.with_(
+            zeros=recipe.zeros,
+            max_length=recipe.max_length,
+            cls_value=own.cls_value if recipe.cls_value is None else recipe.cls_value,
+        )
+        options = Options(batch_key=self.batch_key, layer=self.layer, gene_key=self.gene_key, seed=self.seed)
+        provenance = {
+            "name": f"{base.name}, integrated by {self.batch_key}",
+            "task": TASK,
+            "made_by": f"annformer {annformer.__version__}, fine-tuned from {base.name if self.pretrained else 'random weights'}",
+            "recipe": recipe.model_dump(mode="json"),
+            "integrator": Integrated(batches=self.batches_, options=options).model_dump(mode="json"),
+        }
+        fields: dict[str, Any] = {
+            "model": network.model_dump(),
+            "tokenizer": tokens.model_dump(),
+            "objectives": recipe.objectives(n),
+            "panel": self.genes_,
+            "provenance": provenance,
+        }
+        return grown(base, ModelFolderConfig.model_validate(fields), vocab, pretrained=self.pretrained, seed=self.seed)
+
+    def _data(self, cells: MemoryCells, recipe: IntegrationRecipe) -> CellDataModule:
+        return CellDataModule(
+            cells,
+            self.model_.vocab,
+            self.model_.tokenizer,
+            recipe.train.with_(seed=self.seed),
+            label_keys={"batch": self.batch_key},
+            panel=self.model_.panel,
+            view=recipe.view,
+        )
+
+    def _expression(self, cells: MemoryCells) -> sp.csr_array:
+        """Log-normalised expression of the chosen genes."""
+        assert self.model_.panel is not None, "an integration chooses genes"
+        parts = []
+        for first in range(0, cells.n_obs, 1024):
+            rows = np.arange(first, min(first + 1024, cells.n_obs))
+            parts.append(sp.csr_array(np.nan_to_num(panel_expression(cells.rows(rows), self.model_.panel))))
+        return sp.csr_array(sp.vstack(parts, format="csr"))
+
+    def _prepare(self, expression: sp.csr_array, codes: Int[np.ndarray, "cell"], recipe: IntegrationRecipe) -> None:
+        """Tell view and anchor objective what can be known before training."""
+        if self.model_.encoder.view is not None:
+            self.model_.encoder.view.mean.copy_(torch.from_numpy(np.asarray(expression.mean(axis=0), np.float32).reshape(-1)))
+        if "anchor" in self.model_.objectives:
+            anchor = self.model_.objectives["anchor"]
+            assert isinstance(anchor, Anchor)
+            settings = recipe.anchor
+            found = find_anchors(
+                expression,
+                codes,
+                n_components=settings.n_components,
+                strength=settings.strength,
+                n_neighbours=settings.n_neighbours,
+                smoothing=settings.smoothing,
+                seed=self.seed,
+            )
+            anchor.place(torch.from_numpy(found))
+
+    def _states(self, source: AnnDataSource) -> Float[np.ndarray, "cell width"]:
+        """Cell states; those of the fitted cells are known."""
+        codes = self._codes(source)
+        if self._known is not None and self._known[0] == _digest(MemoryCells(source, self.model_.vocab, [self.batch_key]), codes):
+            return self._known[1]
+        with torch_threads(self.threads):
+            return self._encoded(source, codes)
+
+    def _encoded(self, source: AnnDataSource, codes: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell width"]:
+        """Cell states, in the order of the cells."""
+        if self.device is not None:
+            self.model_.to(self.device)
+        source.match(self.model_.vocab)
+        _require_panel(source, self.model_)
+        return np.concatenate([states for _, states in encode_cells(self.model_, source, labels={"batch": codes})])
+
+    def _placed(self, states: Float[np.ndarray, "cell width"]) -> Float[np.ndarray, "cell component"]:
+        """The integrated embedding: where the anchor objective would place the cells, or without it their states."""
+        if "anchor" not in self.model_.objectives:
+            return states
+        anchor = self.model_.objectives["anchor"]
+        assert isinstance(anchor, Anchor)
+        with torch.inference_mode():
+            weight = anchor.out.weight
+            return anchor.out(torch.from_numpy(states).to(weight)).float().cpu().numpy()
+
+    def _codes(self, source: AnnDataSource) -> Int[np.ndarray, "cell"]:
+        """Batches of cells as the model counts them."""
+        codes = source.codes("batch", self.batch_key)
+        names = source.categories["batch"]
+        if unknown := [name for name in names if name not in self.batches_]:
+            found = f"obs[{self.batch_key!r}] has {len(unknown)} batches that were not fitted: {', '.join(map(repr, unknown[:5]))}"
+            known = ", ".join(map(repr, self.batches_[:8])) + (", ..." if len(self.batches_) > 8 else "")
+            raise input_error(found, f"cells of the fitted batches: {known}", "fit again with the cells of the new batch among the others")
+        return np.array([self.batches_.index(name) for name in names], np.int64)[codes]
+
+    def _batch_weights(self, batch: str) -> Float[np.ndarray, "batch"]:
+        if batch == "mean":
+            return np.full(len(self.batches_), 1 / len(self.batches_), np.float32)
+        if batch not in self.batches_:
+            found = f"there is no batch {batch!r}"
+            raise input_error(found, f"'mean', or one of {', '.join(map(repr, self.batches_))}", "choose one of them")
+        return np.eye(len(self.batches_), dtype=np.float32)[self.batches_.index(batch)]
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "model": self.model_.name,
+            "fingerprint": self.model_.fingerprint,
+            "task": TASK,
+            "batch_key": self.batch_key,
+            "batches": list(self.batches_),
+            "n_genes": len(self.genes_),
+            "version": annformer.__version__,
+        }
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "model_"):
+            found = "a BatchIntegrator that was not fitted"
+            raise input_error(found, "a fitted one", "call fit(adata) first, or BatchIntegrator.load(folder)")
+
+
+def _require_counts(source: AnnDataSource) -> None:
+    if source.counts.kind == "log-normalised":
+        found = f"{source.name} holds no counts: {source.counts.where} holds logarithms"
+        raise input_error(found, "the raw counts of every cell, in X or a layer", "put them into layers['counts'], or name their layer")
+
+
+def _require_batches(codes: Int[np.ndarray, "cell"], names: tuple[str, ...], batch_key: str) -> None:
+    sizes = np.bincount(codes, minlength=len(names))
+    if len(names) < 2:
+        found = f"obs[{batch_key!r}] has one batch only, {names[0]!r}"
+        raise input_error(found, "at least two batches", "choose another batch_key; cells of one batch are embedded by `annformer embed`")
+    if (small := np.flatnonzero(sizes < FEWEST_CELLS)).size:
+        listed = ", ".join(f"{names[i]!r} {sizes[i]}" for i in small[:5])
+        found = f"{len(small)} of {len(names)} batches of obs[{batch_key!r}] have very few cells: {listed}"
+        remedy = "leave these cells out, or join batches that belong together"
+        raise input_error(found, f"at least {FEWEST_CELLS} cells in every batch", remedy)
+
+
+def _chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> Int[np.ndarray, "panel"]:
+    """Ids of the highly variable genes, ascending."""
+    batch = cells.rows(np.arange(cells.n_obs))
+    varying = highly_variable(sp.csr_matrix(batch.counts), codes.astype(str), n)
+    counts = batch.counts[:, np.flatnonzero(varying.genes)]
+    n_varying = int((np.asarray(counts.sum(axis=0)).reshape(-1) > 0).sum())
+    if n_varying < FEWEST_GENES:
+        found = f"{n_varying} variable genes that the model knows"
+        raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
+    return np.sort(batch.gene_ids[varying.genes])
+
+
+def _require_panel(source: AnnDataSource, model: ScGPT) -> None:
+    """New cells should have measured what the model was fitted on."""
+    assert model.panel is not None, "an integration chooses genes"
+    there = float(np.isin(model.panel, source.match(model.vocab).ids).mean())
+    if there < 0.5:
+        found = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on"
+        raise input_error(found, "at least half of them", "give cells with the same genes as those of fit")
+    if there < 0.9:
+        msg = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on; the others count as average"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+
+
+def _warn_empty(embedding: Float[np.ndarray, "cell component"]) -> None:
+    if n := int(np.isnan(embedding[:, 0]).sum()):
+        warnings.warn(f"{n} cells express none of the chosen genes: their embedding is NaN", AnnformerWarning, stacklevel=3)
+
+
+def _digest(cells: MemoryCells, codes: Int[np.ndarray, "cell"]) -> str:
+    import hashlib
+
+    counts = cells.rows(np.arange(cells.n_obs)).counts
+    digest = hashlib.sha256(np.ascontiguousarray(codes).tobytes())
+    for part in (counts.indptr, counts.indices, counts.data):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

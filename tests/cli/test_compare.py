@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from annformer.cli import compare as module
+from annformer.cli import main
+from annformer.comparison import TASKS, integrate
+from comparison_cells import N_CELLS, quick, some_cells, table_of
+
+WORDS = "compare integrate cells.h5ad --batch_key batch --label_key cell_type --model model --seeds 2 --out out"
+
+
+@pytest.fixture
+def cells(tiny_adata, tiny_model, tmp_path, monkeypatch) -> ad.AnnData:
+    """In a folder with `cells.h5ad` and `model/`; the methods are planted."""
+    monkeypatch.chdir(tmp_path)
+    cells = some_cells(tiny_adata)
+    cells.write_h5ad("cells.h5ad")
+    tiny_model.save_pretrained("model")
+    quick(monkeypatch)
+    monkeypatch.setattr(integrate, "methods", lambda *_, **__: table_of(cells, 6.0, {"PCA HVG": 1.0}))
+    return cells
+
+
+def test_every_task_has_its_function():
+    from importlib import import_module
+
+    assert all(callable(import_module(home).compare) for home in TASKS.values())
+
+
+def test_the_folder_holds_page_cells_and_numbers(cells, tmp_path, capsys):
+    assert main(WORDS.split()) == 0
+    out = capsys.readouterr().out
+    assert "annformer fine-tuned" in out
+    assert "On these cells annformer fine-tuned beats the best baseline, PCA HVG" in " ".join(out.split())
+    assert "out/report.html" in out
+    folder = tmp_path / "out"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(module.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model", "out"}
+    adata = ad.read_h5ad(folder / "integrated.h5ad")
+    assert set(adata.obsm) == {"X_annformer", "X_pca_hvg"}
+    assert adata.obsm["X_annformer"].shape[0] == N_CELLS
+    assert (adata.X != cells.X).nnz == 0
+    scores = pd.read_csv(folder / "scores.csv")
+    assert scores["method"].value_counts().to_dict() == {"annformer fine-tuned": 2, "PCA HVG": 1, "shuffled cells": 1}
+    html = (folder / "report.html").read_text()
+    assert f"annformer {WORDS.partition(' --batch')[0]} --out out --batch_key batch" in html
+    assert f"{scores.set_index('method').loc['PCA HVG', 'overall']:.3f}" in html
+
+
+def test_the_command_on_the_page_is_that_which_was_given():
+    options = {"out": "my out", "seeds": 3, "methods": ["zero-shot", "PCA HVG"], "layer": None}
+    assert module.spelt("integrate", "a.h5ad", options) == (
+        "annformer compare integrate a.h5ad --out 'my out' --seeds 3 --methods zero-shot 'PCA HVG'"
+    )
+
+
+def test_words_reach_the_work(cells, monkeypatch):
+    asked = {}
+
+    def compare(adata, **options):
+        asked.update(options | {"n": adata.n_obs})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(integrate, "compare", compare)
+    words = "--methods zero-shot pca-hvg --layer X --recipe mine.yaml --device cpu --threads 2"
+    assert main([*WORDS.split(), *words.split()]) == 2
+    assert asked.pop("command").endswith("--methods zero-shot pca-hvg --layer X --device cpu --threads 2")
+    wanted = {"wanted": ["zero-shot", "pca-hvg"], "layer": "X", "gene_key": None, "recipe": "mine.yaml", "device": "cpu", "threads": 2}
+    keys = {"batch_key": "batch", "label_key": "cell_type", "model": "model", "seeds": range(2), "name": "cells.h5ad", "n": N_CELLS}
+    assert asked == wanted | keys
+
+
+def test_an_error_leaves_nothing_behind(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr("annformer.comparison.page.write_page", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(WORDS.split()) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model"}
+
+
+def test_a_folder_in_use_is_refused_before_the_work_begins(cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(integrate, "compare", lambda *_, **__: pytest.fail("the work began"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.docx").touch()
+    assert main(WORDS.split()) == 2
+    assert "not the folder of an earlier comparison" in capsys.readouterr().err
+    (tmp_path / "out" / "thesis.docx").rename(tmp_path / "out" / "report.html")
+    assert main(WORDS.split()) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_an_earlier_comparison_of_a_zarr_folder_is_replaced_on_demand(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr("annformer.comparison.page.write_page", lambda found, path: path.write_text(found.sentence))
+    (tmp_path / "out").mkdir()
+    for name in module.FILES:
+        (tmp_path / "out" / name).write_text("old")
+    cells.write_zarr(tmp_path / "cells.zarr")
+    assert main([*WORDS.replace("cells.h5ad", "cells.zarr").split(), "--overwrite"]) == 0
+    assert "X_annformer" in ad.read_h5ad(tmp_path / "out" / "integrated.h5ad").obsm
+    assert np.isfinite(pd.read_csv(tmp_path / "out" / "verdicts.csv")["low"]).all()

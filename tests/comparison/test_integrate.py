@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+
+from annformer.comparison import integrate
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
+from annformer.comparison.methods import Made, Method
+from annformer.data.anndata import AnnDataSource
+from comparison_cells import N_CELLS, quick, some_cells, table_of
+
+KEYS = {"batch_key": "batch", "label_key": "cell_type"}
+
+
+def compared(adata, model, table, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        return integrate.compare_integration(adata, **KEYS, model=model, table=table, **({"seeds": (0, 1), "n_draws": 60} | options))
+
+
+@pytest.fixture
+def cells(tiny_adata):
+    return some_cells(tiny_adata)
+
+
+def best(found) -> dict[str, str]:
+    rows = found.verdicts[found.verdicts["best_floor"]]
+    return dict(zip(rows["score"], rows["verdict"], strict=True))
+
+
+def test_a_planted_signal_beats_and_the_control_is_at_chance(cells, tiny_model):
+    found = compared(cells, tiny_model, table_of(cells, 10.0, {"noise": 0.0, "faint": 1.0}))
+    assert best(found)["overall"] == best(found)["avg_bio"] == "beats"
+    assert found.verdicts.loc[found.verdicts["best_floor"] & (found.verdicts["score"] == "avg_bio"), "other"].item() == "faint"
+    scores = found.means().set_index("method")
+    assert scores.loc[integrate.TUNED, "avg_bio"] > 0.9
+    assert abs(scores.loc["shuffled cells", "ari"]) < 0.05
+    assert scores.loc["shuffled cells", "asw_label"] == pytest.approx(0.5, abs=0.03)
+    assert scores.loc[integrate.TUNED, "seeds"] == 2
+    against = found.verdicts.set_index(["score", "other"])["verdict"]
+    assert against["avg_bio", "shuffled cells"] == "beats"
+    assert "use annformer fine-tuned" in found.sentence
+
+
+def test_a_floor_that_is_better_wins(cells, tiny_model):
+    found = compared(cells, tiny_model, table_of(cells, 0.5, {"good": 10.0}))
+    assert best(found)["overall"] == "loses"
+    assert found.sentence.endswith("use good.")
+
+
+def test_the_same_embedding_ties(cells, tiny_model):
+    table = table_of(cells, 3.0, {})
+    table["twin"] = Method("twin", "floor", table[integrate.TUNED].make)
+    found = compared(cells, tiny_model, table)
+    assert set(best(found).values()) == {"ties"}
+
+
+def test_no_method_sees_a_label(cells, tiny_model):
+    seen = []
+
+    def spy(given, seed):
+        seen.append(given)
+        return Made(np.random.default_rng(seed).normal(size=(given.n_obs, 2)))
+
+    compared(cells, tiny_model, {name: Method(name, kind, spy) for name, kind in (("a", "ours"), ("b", "floor"))})
+    assert len(seen) == 4
+    for given in seen:
+        assert list(given.obs) == ["batch"]
+        assert (list(given.obsm), list(given.uns), list(given.layers), given.raw) == ([], [], [], None)
+        assert (csr_matrix(cells.X) != given.X).nnz == 0
+        assert given.var_names.to_list() == cells.var_names.to_list()
+        assert list(given.var) == []
+
+
+def test_the_cells_are_not_changed(cells, tiny_model):
+    before = cells.copy()
+    compared(cells, tiny_model, table_of(cells, 1.0, {"floor": 1.0}), seeds=(0,))
+    pd.testing.assert_frame_equal(cells.obs, before.obs)
+    assert (list(cells.obsm), list(cells.uns)) == ([], [])
+    assert (cells.X != before.X).nnz == 0
+
+
+def test_cells_that_a_method_cannot_represent_are_left_out_for_all(cells, tiny_model):
+    table = table_of(cells, 5.0, {"floor": 5.0})
+
+    def gaps(given, seed):
+        embedding = table["floor"].make(given, seed).embedding.copy()
+        embedding[[2, 5]] = np.nan
+        return Made(embedding)
+
+    found = compared(cells, tiny_model, table | {"floor": Method("floor", "floor", gaps)}, seeds=(0,))
+    assert found.facts.cells["left out"].startswith("2 cells")
+    assert {2, 5}.isdisjoint(found.maps.rows)
+    assert len(found.maps.rows) == N_CELLS - 2
+    assert np.isnan(found.embeddings["floor"][2]).all()
+    assert found.embeddings["floor"].shape[0] == N_CELLS
+
+
+def test_what_is_found_is_said(cells, tiny_model):
+    found = compared(cells, tiny_model, table_of(cells, 2.0, {"floor": 2.0}), seeds=(0,), name="mine.h5ad", command="annformer compare")
+    assert found.facts.cells["cells"] == "mine.h5ad"
+    assert found.facts.cells["batches"] == "batch: 6"
+    assert found.facts.cells["types"] == "cell_type: 3"
+    assert found.facts.cells_by.loc["unknown"].sum() == 5
+    assert "gene names" in found.facts.genes[0]
+    assert found.unit == "whole batches (6 of them)"
+    assert set(found.per_label["label"]) == {"B cell", "T cell", "monocyte"}
+    assert (found.scores["seconds"] >= 0).all()
+
+
+def test_types_that_no_two_batches_share_have_no_verdict(cells, tiny_model):
+    cells.obs["batch"] = cells.obs["cell_type"].astype(str)
+    with pytest.raises(ValueError, match="no type of cell occurs in two batches"):
+        compared(cells, tiny_model, table_of(cells, 2.0, {"floor": 2.0}), seeds=(0,))
+
+
+def test_every_baseline_and_three_of_ours_are_in_the_table():
+    from annformer.baselines.integration import INTEGRATION
+
+    table = integrate.methods(batch_key="batch")
+    assert {name for name, method in table.items() if method.kind == "floor"} == set(INTEGRATION)
+    assert [name for name, method in table.items() if method.kind == "ours"] == [integrate.TUNED, integrate.SCRATCH, integrate.ZERO]
+    assert not table["PCA HVG"].random
+    assert table["scVI HVG"].random
+
+
+def test_zero_shot_and_pca_run_on_blind_cells(cells, tiny_model):
+    table = integrate.methods(tiny_model, batch_key="batch")
+    blind = blind_cells(AnnDataSource(cells), "batch")
+    for name in (integrate.ZERO, "PCA all genes"):
+        embedding = table[name].make(blind.copy(), 0).embedding
+        assert embedding.shape[0] == N_CELLS
+        assert np.isfinite(embedding).all()
+
+
+def test_missing_types_are_no_type(cells):
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
+    cells.obs.iloc[1, cells.obs.columns.get_loc("cell_type")] = None
+    assert labels_of(AnnDataSource(cells), "cell_type")[:2].tolist() == ["unknown", "unlabelled"]
+
+
+def test_rare_types_are_drawn_too(monkeypatch):
+    monkeypatch.setattr("annformer.comparison.cells.MOST_DRAWN", 100)
+    labels = np.array(["common"] * 5_000 + ["rare"] * 7)
+    rows = drawn_cells(labels, np.arange(len(labels)) != 5_000, seed=0)
+    assert len(rows) == 100
+    assert (labels[rows] == "rare").sum() == 6
+    assert (np.diff(rows) > 0).all()
+
+
+def test_columns_that_can_colour_a_map(cells):
+    cells.obs["one"], cells.obs["name"], cells.obs["flag"] = "same", [f"c{n}" for n in range(N_CELLS)], np.arange(N_CELLS) % 2 == 0
+    assert list(colours_of(cells.obs, "cell_type", "batch")) == ["batch", "cell_type", "depth", "flag"]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, verdict_table
+
+
+def judged(ours: float, *others: float, noise: float = 0.01) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rng = np.random.default_rng(0)
+    values = {"ours": ours} | {f"floor {n}": value for n, value in enumerate(others)}
+    drawn = {name: value + noise * rng.normal(size=(400, 3)) for name, value in values.items()}
+    kinds = ["ours"] + ["floor"] * len(others)
+    means = pd.DataFrame({"method": list(values), "kind": kinds, "seconds": [240.0] + [2.0] * len(others)})
+    for score in VERDICTS:
+        means[score] = list(values.values())
+    return verdict_table(means, drawn, "ours"), means
+
+
+@pytest.mark.parametrize(
+    ("ours", "word", "advice"),
+    [
+        (0.8, "beats", ": use ours."),
+        (0.5, "loses", ": use floor 1."),
+        (0.701, "ties", "whichever is handier (ours took 4 min, floor 1 2 s)."),
+    ],
+)
+def test_the_best_floor_decides(ours, word, advice):
+    verdicts, means = judged(ours, 0.6, 0.7, 0.65)
+    best = verdicts[verdicts["best_floor"]]
+    assert best["other"].to_list() == ["floor 1"] * 3
+    assert best["verdict"].to_list() == [word] * 3
+    assert best["difference"].to_numpy() == pytest.approx(ours - 0.7)
+    assert (best["low"] < best["difference"]).all()
+    assert (best["high"] > best["difference"]).all()
+    said = sentence(verdicts, means)
+    assert said.endswith(advice)
+    assert said.count(". ") == 0, "one sentence"
+
+
+def test_each_score_has_its_own_best_floor():
+    _, means = judged(0.6, 0.5, 0.7)
+    means.loc[1, "avg_batch"] = 0.9
+    drawn = {name: np.tile(rows, (50, 1)) for name, rows in zip(means["method"], means[list(VERDICTS)].to_numpy()[:, None], strict=True)}
+    best = verdict_table(means, drawn, "ours").query("best_floor").set_index("score")
+    assert best["other"].to_dict() == {"overall": "floor 1", "avg_bio": "floor 1", "avg_batch": "floor 0"}
+
+
+def test_a_part_that_goes_the_other_way_is_said():
+    verdicts, means = judged(0.8, 0.6)
+    verdicts.loc[verdicts["score"] == "avg_bio", "verdict"] = "loses"
+    said = sentence(verdicts, means)
+    assert "behind the best baseline in keeping types apart, ahead of it in mixing batches" in said
+    assert said.endswith("use ours, unless keeping types apart is what matters to you.")
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"), [(0.5, "worse than floor 1, simple, which is to be preferred here (-0.200"), (0.9, "better than floor 1, simple (")]
+)
+def test_what_was_run_is_held_against(ours, said):
+    verdicts, _ = judged(ours, 0.6, 0.7)
+    sentences = held_against(verdicts, {"floor 1": "simple", "not run": "absent"})
+    assert len(sentences) == 1
+    assert f"ours is {said}" in sentences[0]
+
+
+def test_draws_on_which_a_score_is_not_defined_are_left_out():
+    _, means = judged(0.8, 0.6)
+    drawn = {name: np.full((10, 3), value) for name, value in (("ours", 0.8), ("floor 0", 0.6))}
+    drawn["floor 0"][3] = np.nan
+    assert verdict_table(means, drawn, "ours")["verdict"].to_list() == ["beats"] * 3
+
+
+@pytest.mark.parametrize(("n_batches", "said"), [(4, "cells within their type"), (5, "whole batches (5 of them)")])
+def test_batches_are_drawn_where_there_are_five(n_batches, said):
+    assert said in unit_of([f"b{n % n_batches}" for n in range(20)])

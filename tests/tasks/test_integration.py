@@ -1,0 +1,215 @@
+"""BatchIntegrator: what a fit leaves behind, new cells, files, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import annformer as af
+from annformer.errors import InputError
+from annformer.tasks._integration_recipe import NAMES, IntegrationRecipe
+from annformer.tasks.integration import BatchIntegrator
+
+QUICK = {
+    "n_genes": 100,
+    "anchor": {"n_components": 12, "n_neighbours": 10},
+    "gep": {"kind": "gep", "weight": 0.01},
+    "gepc": {"kind": "gepc", "weight": 0.01},
+    "dar_weight": 0.1,
+    "train": {
+        "epochs": 15, "tokens_per_step": 2000, "tokens_per_forward": 4000, "max_length": 40, "validations": 3, "patience": 3,
+        "mode": "hide", "asked_shares": [0.4], "hold_out": {"share": 0.1},
+    },
+}
+RECIPE = IntegrationRecipe.read(QUICK, where="test")
+
+
+def shifted(adata):
+    """Cells whose second batch has counts of a third of the genes that are not the cells'."""
+    dense = adata.X.toarray()
+    genes = np.argsort(adata.var_names.to_numpy().astype(str)) % 3 == 0
+    rows = (adata.obs["batch"] == "b1").to_numpy()
+    dense[np.ix_(rows, genes)] += np.random.default_rng(0).poisson(3, size=(rows.sum(), genes.sum()))
+    adata.X = type(adata.X)(dense)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def cells(tiny_adata):
+    return shifted(tiny_adata(240))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_vocab):
+    import torch
+
+    from annformer.model.config import ModelConfig
+    from annformer.scgpt import ModelFolderConfig, ScGPT
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ModelConfig(vocab_size=len(tiny_vocab), width=32, n_heads=4, n_layers=2, ff_width=32)
+        return ScGPT(ModelFolderConfig(model=network), tiny_vocab).eval()
+
+
+@pytest.fixture(scope="module")
+def fitted(model, cells):
+    return BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=1).fit(cells)
+
+
+@pytest.fixture(scope="module")
+def embedded(fitted, cells):
+    return fitted.transform(cells, copy=True)
+
+
+def separation(embedding, labels) -> float:
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(embedding, labels))
+
+
+def test_types_lie_apart_and_batches_do_not(embedded, cells):
+    """Against principal components of the same cells, whose batches lie apart by construction."""
+    from annformer.baselines import pca_embedding
+    from annformer.baselines.expression import log_normalised
+
+    ours, floor = embedded.obsm["X_annformer"], pca_embedding(log_normalised(cells.X), n_components=12)
+    assert separation(floor, cells.obs["batch"]) > 0.2
+    assert separation(ours, cells.obs["batch"]) < 0.05
+    assert separation(ours, cells.obs["cell_type"]) > separation(floor, cells.obs["cell_type"]) + 0.1
+
+
+def test_what_is_written(embedded, cells, fitted):
+    embedding = embedded.obsm["X_annformer"]
+    assert embedding.shape == (240, 12) and embedding.dtype == np.float32
+    assert np.isfinite(embedding).all()
+    assert embedded.uns["annformer"]["X_annformer"]["batches"] == ["b0", "b1"]
+    assert "X_annformer" not in cells.obsm
+    assert {"train/anchor", "validation/anchor", "train/gep", "train/gepc", "train/dar"} <= set(fitted.history_)
+    held_back = fitted.history_["validation/anchor"].dropna()
+    assert held_back.min() < 0.5 * held_back.iloc[0]
+
+
+def test_the_same_seed_gives_the_same_embedding_and_another_one_another(model, cells, embedded):
+    again = BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=1).fit(cells).transform(cells, copy=True)
+    assert np.array_equal(again.obsm["X_annformer"], embedded.obsm["X_annformer"])
+    other = BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=1, seed=1).fit(cells).transform(cells, copy=True)
+    assert not np.allclose(other.obsm["X_annformer"], embedded.obsm["X_annformer"], atol=1e-3)
+
+
+def test_pretrained_weights_are_taken_and_from_scratch_they_are_not(model, cells):
+    recipe = RECIPE.with_(train={**QUICK["train"], "epochs": 0.2, "learning_rate": 1e-9})
+    begun = BatchIntegrator(model, batch_key="batch", recipe=recipe, threads=1).fit(cells).model_
+    scratch = BatchIntegrator(model, batch_key="batch", recipe=recipe, threads=1, pretrained=False).fit(cells).model_
+    mine = model.encoder.layers[0].qkv.weight
+    assert np.allclose(begun.encoder.layers[0].qkv.weight.detach(), mine.detach(), atol=1e-6)
+    assert not np.allclose(scratch.encoder.layers[0].qkv.weight.detach(), mine.detach(), atol=1e-3)
+
+
+def test_new_cells_of_known_batches(fitted, embedded, tiny_adata, cells):
+    new = shifted(tiny_adata(60, seed=5))
+    new.var_names = cells.var_names  # another order of genes would be another set of cells
+    fitted.transform(new)
+    types = {kind: embedded.obsm["X_annformer"][cells.obs["cell_type"] == kind].mean(0) for kind in cells.obs["cell_type"].cat.categories}
+    assert new.obsm["X_annformer"].shape == (60, 12) and len(types) == 3
+
+
+def test_a_cell_is_placed_as_among_the_others_when_it_comes_alone(fitted, embedded, cells):
+    few = cells[[3, 100, 7]].copy()
+    fitted.transform(few)
+    assert np.allclose(few.obsm["X_annformer"], embedded.obsm["X_annformer"][[3, 100, 7]], atol=1e-5)
+
+
+def test_saved_and_loaded(fitted, embedded, cells, tmp_path):
+    fitted.save(tmp_path / "model")
+    loaded = BatchIntegrator.load(tmp_path / "model", threads=1)
+    again = loaded.transform(cells, copy=True)
+    assert np.allclose(again.obsm["X_annformer"], embedded.obsm["X_annformer"], atol=1e-6)
+    mine, theirs = (one.corrected(cells, copy=True).obsm["annformer_corrected"] for one in (fitted, loaded))
+    assert np.allclose(mine, theirs, atol=1e-5)
+    af.ScGPT.from_pretrained(tmp_path / "model")
+    fitted.save(tmp_path / "model")  # in its own place
+
+
+def test_a_model_of_another_kind_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="pretrained one"):
+        BatchIntegrator.load(tmp_path / "model")
+
+
+def test_corrected_expression_has_the_types_and_not_the_batches(fitted, cells):
+    """In units of log-normalised expression; as another batch it is that batch's."""
+    table = fitted.corrected(cells, copy=True).obsm["annformer_corrected"]
+    assert isinstance(table, pd.DataFrame) and list(table.columns) == list(fitted.genes_) and (table.to_numpy() >= 0).all()
+    from annformer.baselines.expression import log_normalised
+
+    observed = pd.DataFrame(log_normalised(cells.X).toarray(), index=cells.obs_names, columns=cells.var_names)[list(fitted.genes_)]
+    of_batch = [(cells.obs["batch"] == name).to_numpy() for name in ("b0", "b1")]
+
+    def gap(values) -> float:
+        means = [values.to_numpy()[rows].mean(0) for rows in of_batch]
+        return float(np.abs(means[0] - means[1]).mean())
+
+    assert gap(table) < 0.5 * gap(observed)
+    assert np.corrcoef(table.mean(), observed.mean())[0, 1] > 0.9
+    as_b1 = fitted.corrected(cells, batch="b1", copy=True).obsm["annformer_corrected"]
+    assert np.abs(as_b1.to_numpy() - table.to_numpy()).mean() > 0.01
+    with pytest.raises(InputError, match="'b7'"):
+        fitted.corrected(cells, batch="b7")
+
+
+def test_a_batch_that_was_not_fitted_is_refused(fitted, tiny_adata):
+    new = tiny_adata(60)
+    new.obs["batch"] = new.obs["batch"].astype(str).replace("b1", "b9")
+    with pytest.raises(InputError, match=r"not fitted: 'b9'[\s\S]*'b0', 'b1'"):
+        fitted.transform(new)
+
+
+def test_cells_without_the_genes_are_refused(fitted, cells):
+    kept = [name for name in cells.var_names if name not in fitted.genes_[10:]]
+    with pytest.raises(InputError, match="at least half"):
+        fitted.transform(cells[:, kept].copy())
+
+
+def test_not_fitted(cells):
+    with pytest.raises(InputError, match="call fit"):
+        BatchIntegrator(batch_key="batch").transform(cells)
+
+
+def test_a_stopped_fit_goes_on_and_another_one_is_refused(model, cells, embedded, tmp_path, monkeypatch):
+    from annformer.train import fit as fitting
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, trainer, plan):
+        if trainer.global_step:
+            raise Killed
+
+    config = RECIPE.with_(train={**QUICK["train"], "checkpoint_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting._Keeper, "_validate", killed)
+        with pytest.raises(Killed):
+            BatchIntegrator(model, batch_key="batch", recipe=config, threads=1).fit(cells, folder=tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    again = BatchIntegrator(model, batch_key="batch", recipe=config, threads=1).fit(cells, folder=tmp_path / "run")
+    assert len(again.history_["train/loss"].dropna()) >= 2
+    with pytest.raises(InputError, match="other cells"):
+        BatchIntegrator(model, batch_key="batch", recipe=config, threads=1, seed=3).fit(cells, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_that_ship_are_read(name):
+    recipe = IntegrationRecipe.named(name)
+    assert recipe.objectives(3)["dar"]["n_batches"] == 3
+
+
+def test_the_recipe_of_the_original_trains_dsbn_without_anchors(model, cells):
+    original = IntegrationRecipe.named("integrate-original")
+    train = original.train.with_(epochs=0.3, tokens_per_step=20_000, tokens_per_forward=20_000, validations=1)
+    integrator = BatchIntegrator(model, batch_key="batch", recipe=original.with_(train=train.model_dump(), n_genes=100), threads=1)
+    embedded = integrator.fit(cells).transform(cells, copy=True)
+    assert embedded.obsm["X_annformer"].shape == (240, 32)
+    assert integrator.model_.config.model.input_norm == "domain"
+    assert "anchor" not in integrator.model_.objectives and integrator.model_.encoder.view is None
