@@ -385,7 +385,54 @@ COMPARISONS = [
     ),
 ]
 
-ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES + COMPARISONS
+# annformer integrate
+
+INTEGRATED = "integrate cells.h5ad --model model --out out"
+
+
+def _small_batch(adata: AnnData) -> None:
+    adata.obs["batch"] = ["b2"] * 3 + ["b0"] * (adata.n_obs - 33) + ["b1"] * 30
+
+
+def _constant(adata: AnnData) -> None:
+    adata.X = csr_matrix((adata.X.toarray()[:, :1] > -1) * np.ones(adata.shape, np.float32) * (np.arange(adata.n_vars) < 30))
+
+
+INTEGRATIONS = [
+    Row("no batch_key to integrate by", INTEGRATED, ("--batch_key",)),
+    Row("a batch_key that obs lacks", f"{INTEGRATED} --batch_key donor", ("'donor'", "batch")),
+    Row("one batch to integrate", f"{INTEGRATED} --batch_key lane", ("one batch only, 'L1'", "at least two"), _one("lane", "L1")),
+    Row(
+        "a batch with 3 cells",
+        f"{INTEGRATED} --batch_key batch",
+        ("very few cells: 'b2' 3", "at least 10"),
+        lambda kit: kit.cells(_small_batch),
+    ),
+    Row(
+        "a cell to integrate without a batch",
+        f"{INTEGRATED} --batch_key batch",
+        ("no value in 1", "cell4"),
+        lambda kit: kit.cells(_no_batch),
+    ),
+    Row("no gene that varies", f"{INTEGRATED} --batch_key batch", ("variable gene",), lambda kit: kit.cells(_constant)),
+    Row(
+        "no counts to integrate",
+        f"{INTEGRATED} --batch_key batch",
+        ("no counts", "layers['counts']"),
+        lambda kit: kit.cells(lambda adata: setattr(adata, "X", adata.X.log1p() * 0.9)),
+    ),
+    Row("an unknown recipe", f"{INTEGRATED} --batch_key batch --recipe integrat", ("'integrat'", "integrate-original")),
+    Row(
+        "a recipe with a wrong setting",
+        f"{INTEGRATED} --batch_key batch --recipe recipe.yaml",
+        ("n_gens", "recipe.yaml"),
+        lambda kit: (kit.cells(), (kit.folder / "recipe.yaml").write_text("n_gens: 5\n")),
+    ),
+    Row("a label_key that obs lacks", f"{INTEGRATED} --batch_key batch --label_key type", ("'type'", "cell_type")),
+    Row("a corrected batch that is none", f"{INTEGRATED} --batch_key batch --epochs 0.1 --corrected b7", ("'b7'", "'b0'")),
+]
+
+ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES + COMPARISONS + INTEGRATIONS
 
 FINE = [
     Row(

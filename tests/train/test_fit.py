@@ -147,6 +147,47 @@ def test_a_run_without_validations_has_none(parts, tmp_path):
     assert not any(name.startswith("validation") for name in fit(plan, data, tmp_path).columns)
 
 
+def _validated(monkeypatch, values):
+    """Let the validations find these losses one after the other."""
+    losses = iter(values)
+    monkeypatch.setattr(TrainingPlan, "mean_losses", lambda *_: {"gep": (value := next(losses)), "dar": -100 * value, "loss": 0.0})
+    monkeypatch.setattr(TrainingPlan, "weight", lambda *_: 1.0)
+
+
+def test_patience_ends_a_run_and_the_best_weights_stay(parts, tmp_path, monkeypatch):
+    plan, data = parts(validations=12, patience=2)
+    _validated(monkeypatch, [5, 4, 3, 3.5, 3.2, 1, 1])
+    seen = {}
+    judge = TrainingPlan.judge
+
+    def watch(self, losses, step):
+        seen[step] = self.model.encoder.gene.weight.detach().clone()
+        judge(self, losses, step)
+
+    monkeypatch.setattr(TrainingPlan, "judge", watch)
+    history = fit(plan, data, tmp_path)
+    assert history["step"].max() == 4
+    assert torch.equal(plan.model.encoder.gene.weight, seen[2])
+    assert not torch.equal(seen[2], seen[4])
+    again, data = parts(validations=12, patience=2)
+    assert fit(again, data, tmp_path)["step"].max() == 4, "it is over, also for the same call again"
+    assert torch.equal(again.model.encoder.gene.weight, seen[2])
+
+
+def test_without_patience_the_last_weights_stay(parts, tmp_path, monkeypatch):
+    plan, data = parts(validations=12)
+    _validated(monkeypatch, range(13))
+    assert fit(plan, data, tmp_path)["step"].max() == 12
+    assert plan.best is None
+
+
+def test_rate_falls_with_every_epoch(parts):
+    plan, _ = parts()
+    config = TrainConfig(epochs=5, schedule="epochs", epoch_decay=0.5, warmup_share=0)
+    shares = [TrainingPlan(plan.model, config, n_steps=50).rate_share(step) for step in (9, 10, 25, 49)]
+    assert shares == [1, 0.5, 0.25, 0.0625]
+
+
 def test_rate_rises_then_falls_along_a_cosine(parts):
     plan, _ = parts()
     plan = TrainingPlan(plan.model, TrainConfig(warmup_share=0.1, last_rate_share=0.1), n_steps=100)

@@ -15,6 +15,9 @@ EXTRAS = {
     "scib_metrics": "evaluate",
     "igraph": "cluster",
     "leidenalg": "cluster",
+    "harmonypy": "harmony",
+    "skmisc": "harmony",
+    "scvi": "baselines",
 }
 """Import name of an optional package -> the extra that installs it."""
 

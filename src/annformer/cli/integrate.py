@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from annformer.cli._place import require_free
+from annformer.errors import input_error
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,7 +91,7 @@ def command(
     if epochs is not None:
         train = settings.train.model_dump() | {"epochs": epochs}
         settings = settings.with_(train=train, least_steps=0)
-    adata = _read(file, batch_key=batch_key, label_key=label_key, layer=layer, gene_key=gene_key)
+    adata = _read(file, batch_key=batch_key, label_key=label_key, layer=layer, gene_key=gene_key, corrected=corrected)
     integrator = BatchIntegrator(
         model, batch_key=batch_key, recipe=settings, layer=layer, gene_key=gene_key, seed=seed, device=device, threads=threads
     )
@@ -108,8 +109,10 @@ def command(
     print(f"Look at {folder / 'report.html'}")
 
 
-def _read(file: str, *, batch_key: str, label_key: str | None, layer: str | None, gene_key: str | None) -> AnnData:
-    """Read the cells once it is clear that the columns are there."""
+def _read(
+    file: str, *, batch_key: str, label_key: str | None, layer: str | None, gene_key: str | None, corrected: str | None
+) -> AnnData:
+    """Read the cells once it is clear that the columns and the batch to be shown as are there."""
     import anndata
 
     from annformer.data.anndata import AnnDataSource
@@ -117,6 +120,10 @@ def _read(file: str, *, batch_key: str, label_key: str | None, layer: str | None
 
     with AnnDataSource(file, layer=layer, gene_key=gene_key) as source:
         source.codes("batch", batch_key)
+        names = source.categories["batch"]
+        if corrected is not None and corrected not in ("mean", *names):
+            found = f"--corrected {corrected!r} is no batch of obs[{batch_key!r}]"
+            raise input_error(found, f"mean, or one of {', '.join(map(repr, names[:8]))}", "choose one of them")
         if label_key is not None:
             require_column(source.container.obs, label_key, where="obs", option="label_key")
     return anndata.read_zarr(file) if Path(file).is_dir() else anndata.read_h5ad(file)
