@@ -428,6 +428,7 @@ INTEGRATIONS = [
         ("n_gens", "recipe.yaml"),
         lambda kit: (kit.cells(), (kit.folder / "recipe.yaml").write_text("n_gens: 5\n")),
     ),
+    Row("one type to score by", f"{INTEGRATED} --batch_key batch --label_key kind", ("one type, 'T'",), _one("kind", "T")),
     Row("a label_key that obs lacks", f"{INTEGRATED} --batch_key batch --label_key type", ("'type'", "cell_type")),
     Row("a corrected batch that is none", f"{INTEGRATED} --batch_key batch --epochs 0.1 --corrected b7", ("'b7'", "'b0'")),
 ]

@@ -3,14 +3,21 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.sparse import csr_matrix
 
 from annformer.comparison import integrate
 from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
 from annformer.comparison.methods import Made, Method
+from annformer.comparison.page import _how_judged
 from annformer.data.anndata import AnnDataSource
+from annformer.evaluate.verdict import draws
+from annformer.report import scatter_figure
+from annformer.tasks._integration_recipe import IntegrationRecipe
+from annformer.tasks.integration import FEWEST_CELLS
 from comparison_cells import N_CELLS, quick, some_cells, table_of
 
+OURS = [integrate.TUNED, integrate.SCRATCH, integrate.ZERO]
 KEYS = {"batch_key": "batch", "label_key": "cell_type"}
 
 
@@ -110,20 +117,107 @@ def test_what_is_found_is_said(cells, tiny_model):
     assert (found.scores["seconds"] >= 0).all()
 
 
-def test_types_that_no_two_batches_share_have_no_verdict(cells, tiny_model):
-    cells.obs["batch"] = cells.obs["cell_type"].astype(str)
+def idle() -> dict[str, Method]:
+    """Methods that must not run; the first needs ten cells in every batch."""
+    options = {"a": {"kind": "ours", "fewest_cells": 10}, "b": {"kind": "floor"}}
+    return {name: Method(name, make=lambda *_: pytest.fail("a method ran"), **some) for name, some in options.items()}
+
+
+@pytest.mark.parametrize("batch", ["type", "cell"])
+def test_types_that_no_two_batches_share_are_refused_before_any_work(cells, tiny_model, batch):
+    types = cells.obs["cell_type"].astype(str)
+    cells.obs["batch"] = types if batch == "type" else types.where(types == "unknown", cells.obs_names)
     with pytest.raises(ValueError, match="no type of cell occurs in two batches"):
-        compared(cells, tiny_model, table_of(cells, 2.0, {"floor": 2.0}), seeds=(0,))
+        compared(cells, tiny_model, idle(), seeds=(0,))
 
 
-def test_every_baseline_and_three_of_ours_are_in_the_table():
+def test_small_batches_are_refused_before_any_work(cells, tiny_model):
+    cells.obs["batch"] = np.where(np.arange(N_CELLS) < 9, "small", cells.obs["batch"].astype(str))
+    with pytest.raises(ValueError, match=r"1 of 7 batches of .* very few cells: 'small' 9.*\n.*at least 10 cells.*\n.*leave a out of"):
+        compared(cells, tiny_model, idle(), seeds=(0,))
+    compared(cells, tiny_model, table_of(cells, 2.0, {"floor": 2.0}), seeds=(0,))  # methods that need no more
+
+
+def test_types_in_two_of_six_batches_are_enough(cells, tiny_model):
+    cells.obs.loc[~cells.obs["batch"].isin(["batch 0", "batch 1"]), "cell_type"] = "unknown"
+    found = compared(cells, tiny_model, table_of(cells, 10.0, {"floor": 0.0}), seeds=(0,), n_draws=200)
+    assert best(found)["overall"] == "beats"
+    assert (found.n_units, found.n_left_out) == (None, 0)
+
+
+def test_draws_without_a_type_are_counted(cells, tiny_model, caplog):
+    cells.obs["batch"] = np.array([f"batch {n % 15}" for n in range(N_CELLS)])  # of 15 batches 5 with types: 0.2 % of draws have none
+    cells.obs.loc[np.arange(N_CELLS) % 15 >= 5, "cell_type"] = "unknown"
+    with caplog.at_level("INFO", logger="annformer"):
+        found = compared(cells, tiny_model, table_of(cells, 10.0, {"floor": 0.0}), seeds=(0,), n_draws=2_000)
+    assert (found.n_units, found.unit) == (5, "whole batches (5 of 15 have types)")
+    assert 0 < found.n_left_out < 40
+    assert f"{found.n_left_out} of 2000 bootstrap draws have no cell" in caplog.text
+    assert f"{found.n_left_out:,} draws without a cell" in _how_judged(found)
+    assert "1.58 times as wide" in _how_judged(found)
+
+
+def test_on_draws_only_the_scores_that_get_verdicts_are_computed(cells, tiny_model, monkeypatch):
+    inside, calls = integrate.integration.IntegrationParts, []
+    whole = inside.scores
+    monkeypatch.setattr(inside, "scores", lambda self, rows=None: calls.append(rows) or whole(self, rows))
+    monkeypatch.setattr(integrate, "draws", lambda *given: calls.append("drawn") or draws(*given))
+    compared(cells, tiny_model, table_of(cells, 2.0, {"floor": 2.0}), seeds=(0,))
+    assert calls == ["drawn", None, None, None]
+
+
+def test_every_baseline_and_four_of_ours_are_in_the_table():
     from annformer.baselines.integration import INTEGRATION
 
     table = integrate.methods(batch_key="batch")
     assert {name for name, method in table.items() if method.kind == "floor"} == set(INTEGRATION)
-    assert [name for name, method in table.items() if method.kind == "ours"] == [integrate.TUNED, integrate.SCRATCH, integrate.ZERO]
+    assert [name for name, method in table.items() if method.kind == "ours"] == [*OURS, integrate.ANCHORS]
     assert not table["PCA HVG"].random
     assert table["scVI HVG"].random
+    assert [name for name, method in table.items() if method.slow] == ["scVI HVG"]
+    assert {method.fewest_cells for method in table.values() if "fine-tuned" in method.name} == {FEWEST_CELLS}
+
+
+def test_anchors_are_no_method_where_the_recipe_has_none():
+    recipe = IntegrationRecipe.named("integrate").with_(anchor_weight=0.0)
+    table = integrate.methods(batch_key="batch", recipe=recipe)
+    assert [name for name, method in table.items() if method.kind == "ours"] == OURS
+
+
+def test_anchors_alone_are_what_the_network_is_taught(cells, tiny_model, monkeypatch):
+    from annformer.tasks import integration
+
+    anchor = {"n_components": 12, "n_neighbours": 10}
+    recipe = IntegrationRecipe.named("integrate").with_(n_genes=60, anchor=anchor)
+    blind = blind_cells(AnnDataSource(cells), "batch")
+    integrator = integration.BatchIntegrator(tiny_model, batch_key="batch", recipe=recipe, layer="X", seed=3)
+    monkeypatch.setattr(integration, "trained", lambda *_, **__: pd.DataFrame())
+    integrator.fit(blind.copy())
+    taught = integrator.model_.objectives["anchor"].anchors.numpy()
+    found = integrate.methods(tiny_model, batch_key="batch", recipe=recipe)[integrate.ANCHORS].make(blind, 3).embedding
+    assert found.shape == (N_CELLS, 12)
+    assert np.array_equal(found, taught)
+
+
+def test_what_fine_tuning_adds_to_its_anchors_is_said(cells, tiny_model):
+    table = table_of(cells, 10.0, {"floor": 0.0})
+    table[integrate.ANCHORS] = Method(integrate.ANCHORS, "ours", table[integrate.TUNED].make)
+    found = compared(cells, tiny_model, table, seeds=(0,))
+    assert any("than annformer anchors alone, the places that the network is taught, without the network (" in note for note in found.notes)
+
+
+def test_zero_shot_gets_device_and_threads(cells, tiny_model, monkeypatch):
+    seen = {}
+
+    def embed(adata, model, *, device, **_):
+        seen.update(device=device, threads=torch.get_num_threads())
+        adata.obsm["X_annformer"] = np.zeros((adata.n_obs, 2))
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("annformer.tasks.embedding.embed", embed)
+    integrate.methods(tiny_model, batch_key="batch", device="cuda:1", threads=before + 1)[integrate.ZERO].make(cells.copy(), 0)
+    assert seen == {"device": "cuda:1", "threads": before + 1}
+    assert torch.get_num_threads() == before
 
 
 def test_zero_shot_and_pca_run_on_blind_cells(cells, tiny_model):
@@ -153,3 +247,13 @@ def test_rare_types_are_drawn_too(monkeypatch):
 def test_columns_that_can_colour_a_map(cells):
     cells.obs["one"], cells.obs["name"], cells.obs["flag"] = "same", [f"c{n}" for n in range(N_CELLS)], np.arange(N_CELLS) % 2 == 0
     assert list(colours_of(cells.obs, "cell_type", "batch")) == ["batch", "cell_type", "depth", "flag"]
+
+
+def test_numbered_batches_and_types_are_names(cells):
+    cells.obs["batch"], cells.obs["leiden"] = np.arange(N_CELLS) % 3, pd.Categorical(np.arange(N_CELLS) % 4)
+    cells.obs.iloc[1, cells.obs.columns.get_loc("leiden")] = None
+    columns = colours_of(cells.obs, "leiden", "batch")
+    assert columns["batch"].to_list()[:4] == ["0", "1", "2", "0"]
+    assert columns["leiden"].to_list()[:4] == ["0", "unlabelled", "2", "3"]
+    payload = scatter_figure({"map": np.zeros((N_CELLS, 2))}, columns, colour_by=["batch", "leiden"], caption="").payload
+    assert ["levels" in column for column in payload["columns"][:2]] == [True, True]

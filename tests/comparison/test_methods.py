@@ -57,6 +57,15 @@ def test_floors_run_first_and_only_random_methods_with_every_seed():
     assert all(value[0, 0] == 3 for value in first_of(runs).values())
 
 
+def test_how_many_runs_there_are_is_said_before_the_first(caplog):
+    def made(given, seed):
+        assert "3 runs of 2 methods; by far the slowest: slow one" in caplog.messages
+        return Made(np.zeros((given.n_obs, 1)))
+
+    with caplog.at_level("INFO", logger="annformer"):
+        run_all([Method("quick", "ours", made), Method("slow one", "floor", made, random=False, slow=True)], cells(), (0, 1))
+
+
 def test_no_method_finds_what_another_left():
     def greedy(given: ad.AnnData, seed: int) -> Made:
         assert list(given.obsm) == []

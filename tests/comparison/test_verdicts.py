@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, verdict_table
+from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
 
 
 def judged(ours: float, *others: float, noise: float = 0.01) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -48,10 +48,13 @@ def test_each_score_has_its_own_best_floor():
 
 
 def test_a_part_that_goes_the_other_way_is_said():
-    verdicts, means = judged(0.8, 0.6)
-    verdicts.loc[verdicts["score"] == "avg_bio", "verdict"] = "loses"
-    said = sentence(verdicts, means)
-    assert "behind the best baseline in keeping types apart, ahead of it in mixing batches" in said
+    _, means = judged(0.8, 0.6, 0.5)
+    means.loc[2, "avg_bio"] = 0.9
+    rng = np.random.default_rng(0)
+    drawn = {row["method"]: row[list(VERDICTS)].to_numpy(float) + 0.01 * rng.normal(size=(50, 3)) for _, row in means.iterrows()}
+    said = sentence(verdict_table(means, drawn, "ours"), means)
+    assert "beats the best baseline, floor 0, in the overall score (" in said
+    assert "against the best in each: behind floor 1 in keeping types apart, ahead of floor 0 in mixing batches)" in said
     assert said.endswith("use ours, unless keeping types apart is what matters to you.")
 
 
@@ -70,8 +73,28 @@ def test_draws_on_which_a_score_is_not_defined_are_left_out():
     drawn = {name: np.full((10, 3), value) for name, value in (("ours", 0.8), ("floor 0", 0.6))}
     drawn["floor 0"][3] = np.nan
     assert verdict_table(means, drawn, "ours")["verdict"].to_list() == ["beats"] * 3
+    assert np.flatnonzero(~usable(drawn)).tolist() == [3]
 
 
-@pytest.mark.parametrize(("n_batches", "said"), [(4, "cells within their type"), (5, "whole batches (5 of them)")])
-def test_batches_are_drawn_where_there_are_five(n_batches, said):
-    assert said in unit_of([f"b{n % n_batches}" for n in range(20)])
+def test_few_batches_make_wider_intervals():
+    _, means = judged(0.8, 0.6)
+    rng = np.random.default_rng(0)
+    drawn = {name: value + 0.01 * rng.normal(size=(400, 3)) for name, value in (("ours", 0.8), ("floor 0", 0.6))}
+    width = {n: (rows["high"] - rows["low"]).to_numpy() for n in (None, 5) for rows in [verdict_table(means, drawn, "ours", n)]}
+    assert width[5] == pytest.approx(1.584 * width[None], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n_batches", "n_typed", "drawn", "said"),
+    [
+        (4, 4, None, "cells within their type (with 4 batches, too few to draw batches)"),
+        (5, 5, 5, "whole batches (5 of them)"),
+        (6, 2, None, "cells within their type (with 2 batches that have types, too few to draw batches)"),
+        (7, 5, 5, "whole batches (5 of 7 have types)"),
+    ],
+)
+def test_batches_are_drawn_where_five_have_types(n_batches, n_typed, drawn, said):
+    batches = np.array([f"b{n % n_batches}" for n in range(42)], dtype=object)
+    labels = np.where(np.arange(42) % n_batches < n_typed, "T cell", "unknown")
+    assert units_drawn(batches, labels) == drawn
+    assert unit_of(batches, labels) == said

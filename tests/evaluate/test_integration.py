@@ -7,6 +7,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from annformer.errors import InputError
 from annformer.evaluate import DEFINITIONS, _integration_cells, draws, integration_parts, integration_scores, per_label_scores, versions
+from annformer.evaluate._integration_parts import LABEL_SCORES
 
 scib = pytest.importorskip("scib_metrics")
 
@@ -135,6 +136,22 @@ def test_a_draw_without_a_type_or_a_batch_is_scored_on_the_others():
     found = parts.scores(np.flatnonzero((TYPES != "NK") & (BATCHES != "y")))
     assert all(np.isfinite(value) for value in found.values())
     assert found["ari"] == pytest.approx(1)
+
+
+def test_a_draw_without_a_labelled_cell_has_no_score_of_labels():
+    batches = np.tile([f"batch {n}" for n in range(6)], N // 6)
+    labels = np.where(np.isin(batches, ["batch 0", "batch 1"]), TYPES, "unknown")
+    parts = integration_parts(planted("perfect"), labels, batches)
+    found = parts.scores(np.flatnonzero(labels == "unknown"))
+    assert list(found) == list(DEFINITIONS)
+    assert {name for name, value in found.items() if np.isfinite(value)} == NEED_NO_LABELS
+
+
+def test_scores_of_weights_are_those_of_rows():
+    parts, rows = integration_parts(planted("batches apart"), TYPES, BATCHES), np.random.default_rng(1).integers(N, size=N)
+    by_weight = parts.label_scores(np.bincount(rows, minlength=N).astype(float))
+    assert list(by_weight) == list(LABEL_SCORES)
+    assert parts.scores(rows) | by_weight == parts.scores(rows)
 
 
 def test_all_rows_once_are_the_scores_of_all_cells():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from annformer.evaluate import draws, integration_parts, verdict
+from annformer.evaluate.verdict import widening
 
 TYPES = np.repeat(["B", "NK", "T"], [100, 60, 40])
 DONORS = np.tile(["a", "b", "c", "d", "e"], 40)
@@ -55,15 +56,36 @@ def test_the_seed_decides_the_draws():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("units", [None, np.repeat(np.arange(40), 5)], ids=["cells", "donors"])
-def test_equal_methods_tie_about_as_often_as_the_interval_says(units):
-    rng, rows = np.random.default_rng(3), np.array(list(draws(units, np.zeros(200), 200)))
-    shared = np.zeros(200) if units is None else 1.0  # cells of a donor err together
-    words = []
-    for _ in range(200):
-        noise = rng.normal(size=200) + (0 if units is None else shared * np.repeat(rng.normal(size=40), 5))
-        words.append(verdict(noise[rows].mean(axis=1), np.zeros(200)).word)
-    assert 0.85 <= words.count("ties") / 200 <= 0.98
+def false_verdicts(n_units: int | None, *, told: bool = True, n_tried: int = 1_500) -> float:
+    """Share of verdicts other than "ties" on two equal methods; cells of a donor err together."""
+    rng, n = np.random.default_rng(3), n_units or 200
+    donors = None if n_units is None else np.repeat(np.arange(n), 3)
+    n_cells = n if donors is None else 3 * n
+    times = np.array([np.bincount(rows, minlength=n_cells) for rows in draws(donors, np.zeros(n_cells), 400)])
+    noise = rng.normal(size=(n_cells, n_tried)) if donors is None else rng.normal(size=(n, n_tried))[donors]
+    means = times @ noise / n_cells
+    words = [verdict(mean, np.zeros(400), n_units if told else None).word for mean in means.T]
+    assert abs(words.count("beats") - words.count("loses")) < 0.05 * n_tried
+    return 1 - words.count("ties") / n_tried
+
+
+@pytest.mark.parametrize("n_units", [None, 5, 8, 40], ids=["cells", "5 donors", "8 donors", "40 donors"])
+def test_equal_methods_tie_about_as_often_as_the_interval_says(n_units):
+    assert 0.03 <= false_verdicts(n_units) <= 0.07
+
+
+def test_without_the_number_of_donors_five_would_often_tell_equal_methods_apart():
+    assert false_verdicts(5, told=False) > 0.12
+
+
+def test_few_donors_make_the_interval_wider_about_its_middle():
+    difference = np.random.default_rng(0).gamma(2, size=500)
+    cells, donors = verdict(difference, np.zeros(500)), verdict(difference, np.zeros(500), 5)
+    middle = difference.mean()
+    assert donors.difference == cells.difference == pytest.approx(middle)
+    assert middle - donors.low == pytest.approx(1.584 * (middle - cells.low), rel=1e-3)
+    assert donors.high - middle == pytest.approx(1.584 * (cells.high - middle), rel=1e-3)
+    assert widening(1_000_000) == pytest.approx(1, abs=1e-5)
 
 
 def representation(signal: float, seed: int) -> np.ndarray:

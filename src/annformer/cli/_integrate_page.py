@@ -14,7 +14,7 @@ from anndata import AnnData
 from jaxtyping import Float
 
 from annformer.baselines.integration import INTEGRATION
-from annformer.comparison.cells import blind_cells, colours_of, drawn_cells
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
 from annformer.comparison.facts import model_facts, version_facts
 from annformer.comparison.methods import threads_kept
 from annformer.data.anndata import AnnDataSource
@@ -46,7 +46,7 @@ class Shown:
         """Compute what is shown beside the result: principal components of the same cells, maps, scores."""
         source = AnnDataSource(adata, gene_key=integrator.gene_key, layer=integrator.layer)
         batches = adata.obs[integrator.batch_key].astype(str).to_numpy()
-        labels = None if label_key is None else adata.obs[label_key].astype(str).to_numpy()
+        labels = None if label_key is None else labels_of(source, label_key)
         counts = blind_cells(source, integrator.batch_key).X
         ours = np.asarray(adata.obsm["X_annformer"])
         with threads_kept():
@@ -57,12 +57,13 @@ class Shown:
             scores = _scores(embeddings, labels, batches, known, seed)
         label = label_key if label_key is not None else integrator.batch_key
         sizes = zip(*np.unique(batches, return_counts=True), strict=True)
+        made = integrator.model_.config.provenance
         facts = {
             "cells": name,
             "size": f"{adata.n_obs:,} cells, {source.n_vars:,} genes",
             "matrix used": f"{source.counts.where}: {source.counts.kind}",
             "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
-            "genes read": f"{len(integrator.genes_):,} that vary within the batches",
+            "genes read": f"{len(integrator.genes_):,} that vary within the batches ({made['genes_chosen_by']})",
             "time": f"{integrator.seconds_:,.0f} s",
         }
         return cls(

@@ -16,7 +16,6 @@ EXTRAS = {
     "igraph": "cluster",
     "leidenalg": "cluster",
     "harmonypy": "harmony",
-    "skmisc": "harmony",
     "scvi": "baselines",
 }
 """Import name of an optional package -> the extra that installs it."""

@@ -88,7 +88,7 @@ def make(folder: Path, adata: AnnData, model: str | Path, *, seed: int, command:
     """Do everything on `adata`, which is the data set of the demo or a part of it, and fill `folder`, whole or not at all."""
     from annformer.checkpoints import write_folder
     from annformer.cli._demo_page import write_page
-    from annformer.comparison.methods import reading_quietly
+    from annformer.data.anndata import reading_quietly
 
     require_free(folder, FILES, "demo", overwrite=overwrite)
     with _one_thread(), reading_quietly():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILES = ("report.html", "integrated.h5ad", "history.csv", "scores.csv", "model")
-KEY, FLOOR_KEY = "X_annformer", "X_pca"
+KEY, FLOOR_KEY = "X_annformer", "X_pca_hvg"
 
 
 def command(
@@ -109,14 +109,12 @@ def command(
     print(f"Look at {folder / 'report.html'}")
 
 
-def _read(
-    file: str, *, batch_key: str, label_key: str | None, layer: str | None, gene_key: str | None, corrected: str | None
-) -> AnnData:
+def _read(file: str, *, batch_key: str, label_key: str | None, layer: str | None, gene_key: str | None, corrected: str | None) -> AnnData:
     """Read the cells once it is clear that the columns and the batch to be shown as are there."""
     import anndata
 
+    from annformer.comparison.cells import labels_of
     from annformer.data.anndata import AnnDataSource
-    from annformer.data.tables import require_column
 
     with AnnDataSource(file, layer=layer, gene_key=gene_key) as source:
         source.codes("batch", batch_key)
@@ -125,7 +123,7 @@ def _read(
             found = f"--corrected {corrected!r} is no batch of obs[{batch_key!r}]"
             raise input_error(found, f"mean, or one of {', '.join(map(repr, names[:8]))}", "choose one of them")
         if label_key is not None:
-            require_column(source.container.obs, label_key, where="obs", option="label_key")
+            labels_of(source, label_key)
     return anndata.read_zarr(file) if Path(file).is_dir() else anndata.read_h5ad(file)
 
 

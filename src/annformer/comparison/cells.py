@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata
@@ -13,8 +13,7 @@ from anndata import AnnData
 from jaxtyping import Bool, Int, Shaped
 from scipy.sparse import csr_matrix, vstack
 
-from annformer.comparison.methods import reading_quietly
-from annformer.data.anndata import AnnDataSource
+from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.data.tables import require_column
 from annformer.errors import input_error
 from annformer.evaluate.integration import UNLABELLED
@@ -83,12 +82,50 @@ def labels_of(source: AnnDataSource, label_key: str) -> Shaped[np.ndarray, "cell
         When there is no such column, or fewer than two types.
     """
     values = require_column(source.container.obs, label_key, where="obs", option="label_key")
-    text = values.astype(object).where(values.notna(), NOTHING).astype(str).to_numpy()
+    text = _as_text(values).to_numpy()
     kinds = sorted(set(text) - set(UNLABELLED))
     if len(kinds) < 2:
         found = f"obs[{label_key!r}] names {f'one type, {kinds[0]!r}' if kinds else 'no type at all'}"
         raise input_error(found, "at least two types of cells", "name another column with label_key (--label_key)")
     return text
+
+
+def _as_text(values: pd.Series) -> pd.Series:
+    return values.astype(object).where(values.notna(), NOTHING).astype(str)
+
+
+def require_shared_types(labels: Shaped[np.ndarray, "cell"], batches: Shaped[np.ndarray, "cell"]) -> None:
+    """Refuse cells on which nothing tells whether batches mix: no type has cells of several batches, or each cell has its own.
+
+    Raises
+    ------
+    InputError
+        When that is so.
+    """
+    known = ~np.isin(labels, UNLABELLED)
+    counted = pd.crosstab(labels[known], batches[known])
+    n_batches, n_cells = (counted > 0).sum(axis=1), counted.sum(axis=1)
+    if not ((n_batches > 1) & (n_batches < n_cells)).any():
+        found = "whether batches mix cannot be told: no type of cell occurs in two batches"
+        raise input_error(found, "types that several batches share", "name other columns with --batch_key and --label_key")
+
+
+def require_cells(batches: Shaped[np.ndarray, "cell"], batch_key: str, needed: Mapping[str, int]) -> None:
+    """Refuse batches with fewer cells than some method needs (`needed`: method -> cells), before any method runs.
+
+    Raises
+    ------
+    InputError
+        When there are some.
+    """
+    least = max(needed.values())
+    sizes = pd.Series(batches).value_counts()
+    if len(small := sizes[sizes < least].sort_index()):
+        who = ", ".join(name for name, fewest in needed.items() if fewest > small.min())
+        listed = ", ".join(f"{name!r} {n}" for name, n in small.head(5).items())
+        found = f"{len(small)} of {len(sizes)} batches of obs[{batch_key!r}] have very few cells: {listed}"
+        remedy = f"leave these cells out, join batches that belong together, or leave {who} out of --methods"
+        raise input_error(found, f"at least {least} cells in every batch", remedy)
 
 
 def data_card(
@@ -120,7 +157,8 @@ def drawn_cells(labels: Sequence[str] | np.ndarray, kept: Bool[np.ndarray, "cell
 def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str) -> pd.DataFrame:
     """Columns that can colour a map; batch and type first."""
     others = [name for name in obs if name not in (batch_key, label_key) and _can_colour(obs[name])]
-    return obs[list(dict.fromkeys([batch_key, label_key, *others]))[:MOST_COLUMNS]]
+    columns = obs[list(dict.fromkeys([batch_key, label_key, *others]))[:MOST_COLUMNS]]
+    return columns.assign(**{name: _as_text(obs[name]) for name in (batch_key, label_key)})  # numbered batches are names, not amounts
 
 
 def _can_colour(column: pd.Series) -> bool:

@@ -7,28 +7,37 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from jaxtyping import Bool, Float, Shaped
 
-from annformer.comparison.cells import blind_cells, colours_of, data_card, drawn_cells, labels_of
+from annformer.comparison.cells import blind_cells, colours_of, data_card, drawn_cells, labels_of, require_cells, require_shared_types
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
-from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, reading_quietly, run_all, shuffled, threads_kept
+from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
 from annformer.comparison.result import Comparison, Facts, Maps
-from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, verdict_table
-from annformer.data.anndata import AnnDataSource
+from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
+from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.errors import input_error
 from annformer.evaluate import integration
 from annformer.evaluate.verdict import draws
 from annformer.report import umap
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 
+if TYPE_CHECKING:
+    from annformer.tasks._integration_recipe import IntegrationRecipe
+
 log = logging.getLogger(__name__)
 
 TUNED, SCRATCH, ZERO = "annformer fine-tuned", "annformer from scratch", "annformer zero-shot"
+ANCHORS = "annformer anchors alone"
+HELD_AGAINST: Final = {
+    ANCHORS: "the places that the network is taught, without the network",
+    SCRATCH: "the same training from random weights",
+    ZERO: "no training on these cells",
+}
 PACKAGES: Final = (
     *("annformer", "torch", "scanpy", "anndata", "numpy", "scipy", "scikit-learn", "umap-learn", "igraph", "scib-metrics"),
     *("harmonypy", "scvi-tools"),
@@ -38,16 +47,24 @@ PACKAGES: Final = (
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **integrator: Any) -> dict[str, Method]:
     """Table of methods by name: ours, and every baseline. `integrator` holds options of `BatchIntegrator`."""
     from annformer.baselines.integration import INTEGRATION, available
+    from annformer.tasks._integration_recipe import IntegrationRecipe
+    from annformer.tasks.integration import FEWEST_CELLS
 
     tuned = partial(_integrated, model, {"batch_key": batch_key, **integrator})
+    given = integrator.get("recipe", "integrate")
+    recipe = given if isinstance(given, IntegrationRecipe) else IntegrationRecipe.named(str(given))
+    embedded = partial(_embedded, model, device=integrator.get("device"), threads=integrator.get("threads"))
     table = [
-        Method(TUNED, "ours", partial(tuned, pretrained=True)),
-        Method(SCRATCH, "ours", partial(tuned, pretrained=False)),
-        Method(ZERO, "ours", partial(_embedded, model), random=False),
+        Method(TUNED, "ours", partial(tuned, pretrained=True), fewest_cells=FEWEST_CELLS),
+        Method(SCRATCH, "ours", partial(tuned, pretrained=False), fewest_cells=FEWEST_CELLS),
+        Method(ZERO, "ours", embedded, random=False),
     ]
+    if recipe.anchor_weight:  # what is not taught is nothing to compare with
+        make = partial(_anchored, model, recipe, batch_key)
+        table.append(Method(ANCHORS, "ours", make, fewest_cells=FEWEST_CELLS))
     for name, function in INTEGRATION.items():
         make = partial(_baseline, function, batch_key)
-        table.append(Method(name, "floor", make, random=not name.startswith("PCA"), missing=available(name)))
+        table.append(Method(name, "floor", make, random=not name.startswith("PCA"), missing=available(name), slow=name.startswith("scVI")))
     return {method.name: method for method in table}
 
 
@@ -60,11 +77,19 @@ def _integrated(model: ScGPT | str | Path, options: Mapping[str, Any], cells: An
     return Made(np.asarray(cells.obsm["X_annformer"]), integrator.history_, integrator.match_.report().lines())
 
 
-def _embedded(model: ScGPT | str | Path, cells: AnnData, seed: int) -> Made:
+def _embedded(model: ScGPT | str | Path, cells: AnnData, seed: int, *, device: str | None, threads: int | None) -> Made:
+    from annformer.tasks._finetune import torch_threads
     from annformer.tasks.embedding import embed
 
-    embed(cells, model, layer="X", seed=seed, progress=False)
+    with torch_threads(threads):
+        embed(cells, model, layer="X", seed=seed, progress=False, device=device)
     return Made(np.asarray(cells.obsm["X_annformer"]))
+
+
+def _anchored(model: ScGPT | str | Path, recipe: IntegrationRecipe, batch_key: str, cells: AnnData, seed: int) -> Made:
+    from annformer.comparison.anchors import anchors_of
+
+    return Made(anchors_of(cells, model, recipe, batch_key=batch_key, seed=seed))
 
 
 def _baseline(function: Any, batch_key: str, cells: AnnData, seed: int) -> Made:
@@ -124,6 +149,8 @@ def compare_integration(
     cells = blind_cells(source, batch_key)
     batches = cells.obs[batch_key].to_numpy()
     chosen, skipped = choose(methods(model, batch_key=batch_key, **integrator) if table is None else table, wanted)
+    require_shared_types(labels, batches)
+    require_cells(batches, batch_key, {method.name: method.fewest_cells for method in chosen})
     ours = next(method.name for method in chosen if method.kind == "ours")
     loaded = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
     genes = source.match(loaded.vocab).report().lines(loaded.name)
@@ -138,7 +165,11 @@ def compare_integration(
         log.info("drawing %d cells on %d maps", len(rows), len(first_of(runs)))
         maps = {name: umap(embedding[rows], seed=seeds[0]) for name, embedding in first_of(runs).items()}
     means = scores.groupby(["method", "kind"], sort=False).mean(numeric_only=True).reset_index()
-    verdicts = verdict_table(means, drawn, ours)
+    n_units = units_drawn(batches[kept], labels[kept])
+    verdicts = verdict_table(means, drawn, ours, n_units)
+    n_left_out = int((~usable(drawn)).sum())
+    if n_left_out:
+        log.info("%d of %d bootstrap draws have no cell that tells types or mixing: left out", n_left_out, n_draws)
     n_labels = per_label["label"].nunique()
     card = "" if isinstance(model, ScGPT) else card_text(model)
     facts = Facts(
@@ -157,15 +188,17 @@ def compare_integration(
         ours=ours,
         scores=scores,
         verdicts=verdicts,
-        unit=unit_of(batches[kept]),
+        unit=unit_of(batches[kept], labels[kept]),
+        n_units=n_units,
         n_draws=n_draws,
+        n_left_out=n_left_out,
         per_label=per_label,
         embeddings=first_of(runs),
         maps=Maps(rows, maps, colours_of(adata.obs, label_key, batch_key).iloc[rows]),
         history=log_of(runs),
         facts=facts,
         sentence=sentence(verdicts, means),
-        notes=held_against(verdicts, {SCRATCH: "the same training from random weights", ZERO: "no training on these cells"}),
+        notes=held_against(verdicts, HELD_AGAINST),
     )
 
 
@@ -185,16 +218,17 @@ def score(
     One row per run; method -> the scores of `VERDICTS` on every draw, averaged over its seeds; scores by method and type.
     """
     labels, batches = labels[kept], batches[kept]
+    require_shared_types(labels, batches)
+    units = batches if units_drawn(batches, labels) else None
+    weights = [np.bincount(draw, minlength=len(labels)).astype(np.uint16) for draw in draws(units, labels, n_draws, seed)]
     rows, by_label = [], []
     drawn: dict[str, list[np.ndarray]] = {}
     for run in runs:
         parts = integration.integration_parts(run.made.embedding[kept], labels, batches, seed=seed)
-        values = parts.scores()
-        _require_defined(values)
         name = run.method.name
         cost = {"seconds": run.seconds, "memory_mb": run.memory_mb}
-        rows.append({"method": name, "kind": run.method.kind, "seed": run.seed} | cost | values)
-        on_draws = [parts.scores(draw) for draw in draws(batches, labels, n_draws, seed)]
+        rows.append({"method": name, "kind": run.method.kind, "seed": run.seed} | cost | parts.scores())
+        on_draws = [parts.label_scores(weight.astype(np.float64)) for weight in weights]
         drawn.setdefault(name, []).append(np.array([[found[score] for score in VERDICTS] for found in on_draws]))
         by_label.append(integration.per_label_scores(parts).assign(method=name))
     table = pd.concat(by_label).groupby(["method", "label"], sort=False).mean(numeric_only=True).reset_index()
@@ -206,13 +240,6 @@ def _require_scores() -> None:
     if find_spec("scib_metrics") is None:
         found = "the scores of integration need scib-metrics, which is not installed"
         raise input_error(found, "the extra `evaluate`", "pip install 'annformer[evaluate]'")
-
-
-def _require_defined(values: Mapping[str, float]) -> None:
-    missing = [name for name in VERDICTS if not np.isfinite(values[name])]
-    if missing:
-        found = f"{', '.join(missing)} cannot be computed: no type of cell occurs in two batches"
-        raise input_error(found, "types that several batches share", "name other columns with --batch_key and --label_key")
 
 
 compare = compare_integration

@@ -48,6 +48,10 @@ class Method:
     """Its result depends on the seed, so it is run with every seed."""
     missing: str | None = None
     """What to install, when it cannot run here."""
+    fewest_cells: int = 1
+    """Cells that it needs in every batch."""
+    slow: bool = False
+    """One run may take longer than all others together: said before the first."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def run_all(methods: Iterable[Method], cells: AnnData, seeds: Sequence[int]) -> 
     The floors come first: they are quick, so what is wrong with the cells shows early.
     """
     rank = {"floor": 0, "ours": 1, "control": 2}
-    jobs = [(m, seed) for m in sorted(methods, key=lambda m: rank[m.kind]) for seed in (seeds if m.random else seeds[:1])]
+    ordered = sorted(methods, key=lambda m: rank[m.kind])
+    jobs = [(m, seed) for m in ordered for seed in (seeds if m.random else seeds[:1])]
+    slow = ", ".join(m.name for m in ordered if m.slow)
+    log.info("%d runs of %d methods%s", len(jobs), len(ordered), f"; by far the slowest: {slow}" if slow else "")
     runs = []
     for number, (method, seed) in enumerate(jobs, 1):
         log.info("[%d/%d] %s%s", number, len(jobs), method.name, f", seed {seed}" if method.random and len(seeds) > 1 else "")
@@ -175,18 +182,6 @@ def threads_kept() -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
-
-
-@contextmanager
-def reading_quietly() -> Iterator[None]:
-    """The same cells are read several times; what is found out about them stands on the page."""
-    reader = logging.getLogger("annformer.data")
-    before = reader.level
-    reader.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        reader.setLevel(before)
 
 
 def shuffled(runs: Sequence[Run], ours: str, seed: int) -> Run:

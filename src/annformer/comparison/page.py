@@ -11,6 +11,7 @@ from annformer.comparison.methods import CONTROL
 from annformer.comparison.result import Comparison
 from annformer.comparison.table import scores_table, verdicts_table
 from annformer.comparison.verdicts import VERDICTS
+from annformer.evaluate.verdict import widening
 from annformer.report import Block, Bullets, Code, Facts, Note, Page, Table, Text, dot_figure, line_panels, scatter_figure
 
 if TYPE_CHECKING:
@@ -195,15 +196,18 @@ def _chosen(comparison: Comparison) -> list[str]:
 
 
 def _how_judged(comparison: Comparison) -> str:
+    n, lost = comparison.n_units, comparison.n_left_out
+    wider = "" if n is None else f", made {widening(n):.2f} times as wide: drawing {n} batches understates what others would change"
+    left_out = f"{lost:,} draws without a cell that tells types or mixing were left out. " if lost else ""
     return (
         f"How a verdict comes about: {comparison.n_draws:,} bootstrap draws of {comparison.unit}; every method is scored on the same "
-        "draws, with its clusters and neighbours as they are and its seeds averaged. 'beats' means that the middle 95 % of the "
-        "differences lie above 0, 'loses' that they lie below; else it is a tie."
+        f"draws, with its clusters and neighbours as they are and its seeds averaged. {left_out}The interval holds the middle 95 % of the "
+        f"differences{wider}. 'beats' means that it lies above 0, 'loses' that it lies below; else it is a tie."
     )
 
 
 def _caveats(comparison: Comparison) -> list[str]:
-    few = "cells within their type" in comparison.unit
+    few = comparison.n_units is None
     return [
         *([_FEW_BATCHES] if few else []),
         "No method saw a type: each got counts, names of genes and batches, nothing else. annformer stops training by how well it "

@@ -56,7 +56,11 @@ class Comparison:
     """One row per score and other method: score, ours, other, kind, best_floor, value, other_value, difference, low, high, verdict."""
     unit: str
     """What the bootstrap drew: batches, or cells within their type."""
+    n_units: int | None
+    """Batches that were drawn, None where it were cells."""
     n_draws: int
+    n_left_out: int
+    """Draws without a cell that a score needs: no verdict rests on them."""
     per_label: pd.DataFrame
     """One row per method and type, averaged over seeds."""
     embeddings: Mapping[str, Float[np.ndarray, "cell width"]]

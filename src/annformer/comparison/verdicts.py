@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 
 from annformer.durations import in_words
+from annformer.evaluate.integration import UNLABELLED
 from annformer.evaluate.verdict import FEWEST_UNITS, verdict
 
 VERDICTS: Final = ("overall", "avg_bio", "avg_batch")
 """The scores that get verdicts."""
 
 
-def unit_of(batches: Sequence[object] | np.ndarray) -> str:
+def units_drawn(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> int | None:
+    """How many batches the bootstrap draws: those with types, as the scores that get verdicts see no others; None where it draws cells."""
+    n = _n_typed(batches, labels)
+    return n if n >= FEWEST_UNITS else None
+
+
+def unit_of(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> str:
     """What the bootstrap draws of these cells."""
-    n = len(pd.unique(np.asarray(batches, dtype=object)))
-    return f"whole batches ({n} of them)" if n >= FEWEST_UNITS else f"cells within their type (with {n} batches, too few to draw batches)"
+    n, n_all = _n_typed(batches, labels), len(set(batches))
+    if units_drawn(batches, labels) is None:
+        return f"cells within their type (with {n} batches{'' if n == n_all else ' that have types'}, too few to draw batches)"
+    return f"whole batches ({n} of them)" if n == n_all else f"whole batches ({n} of {n_all} have types)"
 
 
-def verdict_table(means: pd.DataFrame, drawn: Mapping[str, Float[np.ndarray, "draw score"]], ours: str) -> pd.DataFrame:
+def usable(drawn: Mapping[str, Float[np.ndarray, "draw score"]]) -> Bool[np.ndarray, "draw"]:
+    """Draws on which every score of every method is defined: it is not where no cell with a type was drawn."""
+    return np.all([np.isfinite(scores).all(axis=1) for scores in drawn.values()], axis=0)
+
+
+def verdict_table(
+    means: pd.DataFrame, drawn: Mapping[str, Float[np.ndarray, "draw score"]], ours: str, n_units: int | None = None
+) -> pd.DataFrame:
     """Judge `ours` against every other method.
 
     Parameters
@@ -31,8 +47,10 @@ def verdict_table(means: pd.DataFrame, drawn: Mapping[str, Float[np.ndarray, "dr
         One row per method, averaged over seeds: method, kind, and the scores.
     drawn
         Method -> its scores on the same draws, averaged over seeds; the columns are `VERDICTS`.
+    n_units
+        Batches that were drawn, None where it were cells.
     """
-    usable = np.all([np.isfinite(scores).all(axis=1) for scores in drawn.values()], axis=0)
+    defined = usable(drawn)
     by_method = means.set_index("method")
     floors = by_method[by_method["kind"] == "floor"]
     rows = []
@@ -40,7 +58,7 @@ def verdict_table(means: pd.DataFrame, drawn: Mapping[str, Float[np.ndarray, "dr
         best = floors[score].idxmax()
         others = by_method.drop(index=ours).sort_values(score, ascending=False, kind="stable")
         for other in sorted(others.index, key=lambda name: name != best):
-            word, _, low, high = verdict(drawn[ours][usable, n], drawn[other][usable, n])
+            word, _, low, high = verdict(drawn[ours][defined, n], drawn[other][defined, n], n_units)
             value, other_value = (float(by_method[score][name]) for name in (ours, other))
             row = {"score": score, "ours": ours, "other": other, "kind": by_method.loc[other, "kind"], "best_floor": other == best}
             numbers = {"value": value, "other_value": other_value, "difference": value - other_value, "low": low, "high": high}
@@ -55,7 +73,8 @@ def sentence(verdicts: pd.DataFrame, means: pd.DataFrame) -> str:
     words = {score: str(best.loc[score, "verdict"]) for score in VERDICTS}
     verb = {"beats": "beats", "ties": "ties with", "loses": "loses to"}[words["overall"]]
     stands = {"beats": "ahead of", "ties": "level with", "loses": "behind"}
-    parts = f"{stands[words['avg_bio']]} the best baseline in keeping types apart, {stands[words['avg_batch']]} it in mixing batches"
+    bio, batch = (f"{stands[words[score]]} {best['other'].astype(str)[score]}" for score in ("avg_bio", "avg_batch"))
+    parts = f"against the best in each: {bio} in keeping types apart, {batch} in mixing batches"
     claim = f"{overall['ours']} {verb} the best baseline, {overall['other']}, in the overall score ({_between(overall)}; {parts})"
     return f"On these cells {claim}: {_advice(str(overall['ours']), str(overall['other']), words, means)}."
 
@@ -69,6 +88,10 @@ def held_against(verdicts: pd.DataFrame, others: Mapping[str, str]) -> list[str]
         for other, what in others.items()
         if other in rows
     ]
+
+
+def _n_typed(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> int:
+    return len(set(batches[~np.isin(labels, UNLABELLED)]))
 
 
 def _between(row: pd.Series) -> str:

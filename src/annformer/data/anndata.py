@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -301,3 +302,15 @@ def _cut(cells: Collapsed, begin: int, end: int, n_genes: int) -> csr_array:
     counts = csr_array((cells.data[first:last], cells.indices[first:last], indptr - first), shape=(end - begin, n_genes))
     counts.has_canonical_format = True
     return counts
+
+
+@contextmanager
+def reading_quietly() -> Iterator[None]:
+    """The same cells are read several times; what is found out about them stands on the page."""
+    reader = logging.getLogger("annformer.data")
+    before = reader.level
+    reader.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        reader.setLevel(before)

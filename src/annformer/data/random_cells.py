@@ -119,6 +119,11 @@ class MemoryCells:
         self._categories = {column: tuple(named.get(column) or map(str, range(codes.max() + 1))) for column, codes in self._codes.items()}
 
     @property
+    def whole(self) -> CellBatch:
+        """All cells without a copy."""
+        return self._cells
+
+    @property
     def n_obs(self) -> int:
         """Number of cells."""
         return len(self._cells.rows)

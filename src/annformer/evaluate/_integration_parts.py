@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 
 from annformer.evaluate.contingency import adjusted_rand_index, contingency_table, normalised_mutual_information
 
+LABEL_SCORES = ("nmi", "ari", "asw_label", "avg_bio", "graph_connectivity", "asw_batch", "avg_batch", "overall")
+
 
 @dataclass(frozen=True)
 class IntegrationParts:
@@ -54,7 +56,7 @@ class IntegrationParts:
     components: Float[np.ndarray, "cell component"]
 
     def scores(self, rows: Int[np.ndarray, "row"] | None = None) -> dict[str, float]:
-        """Every score of `DEFINITIONS`; without labels those that need none.
+        """Every score of `DEFINITIONS`; without labels those that need none. NaN where none of the rows has what a score needs.
 
         Parameters
         ----------
@@ -63,7 +65,7 @@ class IntegrationParts:
         """
         n = len(self.batch)
         weight = np.ones(n) if rows is None else np.bincount(rows, minlength=n).astype(np.float64)
-        found = self._label_scores(weight) if self.label_names else {}
+        found = self.label_scores(weight) if self.label_names else {}
         found["pcr"] = 1 - _explained(self.components, self._batches, weight)
         found["kbet"] = float(self.kbet @ weight / weight.sum())
         found["ilisi"] = _median(self.ilisi, self._by_ilisi, weight)
@@ -71,9 +73,12 @@ class IntegrationParts:
             found["clisi"] = _median(self.clisi, self._by_clisi, weight)
         return found
 
-    def _label_scores(self, weight: Float[np.ndarray, "cell"]) -> dict[str, float]:
+    def label_scores(self, weight: Float[np.ndarray, "cell"]) -> dict[str, float]:
+        """Those up to "overall", a cell counting as often as its weight says: quick, for a bootstrap. NaN where no labelled cell counts."""
         known = self.labelled
         label, weight = self.label[known], weight[known]
+        if not weight.any():
+            return dict.fromkeys(LABEL_SCORES, float("nan"))
         table = contingency_table(label, self.cluster[known], weight, (len(self.label_names), self.n_clusters))
         nmi, ari = normalised_mutual_information(table), adjusted_rand_index(table)
         asw_label = (float(self.silhouette_label[known] @ weight / weight.sum()) + 1) / 2
@@ -118,7 +123,9 @@ def _mean_of_means(values: np.ndarray, group: np.ndarray, weight: np.ndarray) ->
 
 
 def _median(values: np.ndarray, order: np.ndarray, weight: np.ndarray) -> float:
-    """Median of values that occur `weight` times; `order` sorts them."""
+    """Median of values that occur `weight` times; `order` sorts them. NaN where none occurs."""
+    if not weight[order].any():
+        return float("nan")
     upto = np.cumsum(weight[order])
     n = int(upto[-1])
     middle = np.searchsorted(upto, [(n - 1) // 2, n // 2], side="right")

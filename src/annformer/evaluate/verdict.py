@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
     difference
         Mean over the draws of ours less the other's.
     low, high
-        Ends of the 95 % percentile interval.
+        Ends of the 95 % interval.
     """
 
     word: Literal["beats", "ties", "loses"]
@@ -62,13 +62,32 @@ def draws(
             yield np.concatenate([rows[rng.integers(len(rows), size=len(rows))] for rows in groups])
 
 
-def verdict(ours: Float[np.ndarray, "draw"], floor: Float[np.ndarray, "draw"]) -> Verdict:
-    """Judge a score by its values on the same draws of two methods; more is better."""
+def verdict(ours: Float[np.ndarray, "draw"], floor: Float[np.ndarray, "draw"], n_units: int | None = None) -> Verdict:
+    """Judge a score by its values on the same draws of two methods; more is better.
+
+    Parameters
+    ----------
+    n_units
+        How many donors or batches were drawn: the middle 95 % of the draws are widened by `widening`. None: cells were drawn.
+    """
     difference = np.asarray(ours, dtype=np.float64) - np.asarray(floor, dtype=np.float64)
     assert np.isfinite(difference).all(), "a score that is not defined on every draw has no verdict"
-    low, high = np.quantile(difference, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    mean, wider = difference.mean(), 1.0 if n_units is None else widening(n_units)
+    low, high = mean + wider * (np.quantile(difference, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - mean)
     word: Literal["beats", "ties", "loses"] = "beats" if low > 0 else "loses" if high < 0 else "ties"
-    return Verdict(word, float(difference.mean()), float(low), float(high))
+    return Verdict(word, float(mean), float(low), float(high))
+
+
+def widening(n_units: int) -> float:
+    """Factor by which few units make an interval wider than their draws show.
+
+    A bootstrap of n units divides by n where the variance wants n - 1, and takes that variance for known: unwidened, two equal methods
+    would be told apart in 16 % of the cases with 5 units and in 11 % with 8, instead of in 5 %.
+    """
+    from scipy import stats
+
+    upper = (1 + LEVEL) / 2
+    return float(stats.t.ppf(upper, n_units - 1) / stats.norm.ppf(upper) * np.sqrt(n_units / (n_units - 1)))
 
 
 def _groups(values: Sequence[object] | np.ndarray | pd.Series) -> list[Int[np.ndarray, "row"]]:

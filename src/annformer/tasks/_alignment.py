@@ -13,9 +13,11 @@ SOFTNESS = 0.1
 RIDGE = 0.2
 """Doubt about the offset of a batch in a cluster, in units of the cells that are expected there: few cells move little."""
 ROUNDS, PASSES = 3, 5
-"""Corrections, and passes over the cells of the clustering before each. More rounds begin to take types apart where batches hardly differ."""
+"""Corrections, and passes over the cells of the clustering before each. More rounds take types apart where batches hardly differ."""
 BLOCK = 0.05
 """Share of the cells that are assigned at once, before the counts of the clusters are brought up to date."""
+APART = 0.95
+"""Share of the neighbours that are of the cell's own batch, above which batches do not meet anywhere."""
 MOST_REFERENCES = 4_000
 """Cells of a batch among which neighbours are sought: more make the search longer, not the mean of 50 neighbours better."""
 
@@ -66,7 +68,8 @@ def aligned(
     """Take out of each cell what its batch adds to the soft clusters that the cell is in.
 
     Clusters are drawn so that all batches take part in each as far as the cells allow, then the offset of every batch in every cluster is
-    estimated and subtracted, in turns (the model of Korsunsky et al. 2019, "Harmony", eq. 4 to 14, written anew).
+    estimated and subtracted, in turns (the model of Korsunsky et al. 2019, "Harmony", eq. 4 to 14, written anew). Where batches do not meet
+    anywhere, every cluster would be of one batch and nothing would move: there the first clusters are of cells less their batch's mean.
 
     Parameters
     ----------
@@ -84,7 +87,9 @@ def aligned(
         return x.copy()
     rng = np.random.default_rng(seed)
     one_hot = np.eye(n_batches)[batches]
-    corrected = np.asarray(x, np.float64)
+    corrected = np.array(x, np.float64)
+    if _lie_apart(_directions(corrected), batches, rng):
+        corrected -= ((one_hot.T @ corrected) / one_hot.sum(0)[:, None])[batches]
     centres = _first_centres(_directions(corrected), n_clusters, seed)
     for _ in range(ROUNDS):
         directions = _directions(corrected)
@@ -109,22 +114,32 @@ def neighbourhoods(
 
     directions = _directions(np.asarray(x, np.float64))
     rng = np.random.default_rng(seed)
-    found = {}
-    reach = np.ones(len(x))
+    searches, reach = [], np.ones(len(x))
     for batch in np.unique(batches):
         members = np.flatnonzero(batches == batch)
         few = np.sort(rng.choice(members, min(len(members), MOST_REFERENCES), replace=False))
         search = NearestNeighbors(n_neighbors=min(n_neighbours, len(few)), algorithm="brute").fit(directions[few])
-        distance, place = search.kneighbors(directions)
-        found[batch] = distance, few[place]
-        reach[members] = np.maximum(distance[members, -1], 1e-6)
+        reach[members] = np.maximum(search.kneighbors(directions[members])[0][:, -1], 1e-6)
+        searches.append((few, search))
     total, weight = np.zeros_like(directions), np.zeros(len(x))
-    for distance, place in found.values():
+    for few, search in searches:
+        distance, place = search.kneighbors(directions)
         share = np.exp(-((distance / reach[:, None]) ** 2))
         for k in range(place.shape[1]):
-            total += share[:, k, None] * directions[place[:, k]]
+            total += share[:, k, None] * directions[few[place[:, k]]]
         weight += share.sum(1)
     return (total / weight[:, None]).astype(np.float32)
+
+
+def _lie_apart(directions: np.ndarray, batches: Int[np.ndarray, "cell"], rng: np.random.Generator) -> bool:
+    """Whether hardly a cell has neighbours of another batch."""
+    from sklearn.neighbors import NearestNeighbors
+
+    some = rng.permutation(len(directions))[:MOST_REFERENCES]
+    of = batches[some]
+    search = NearestNeighbors(n_neighbors=min(31, len(some)), algorithm="brute").fit(directions[some])
+    place = search.kneighbors(directions[some[:1_000]], return_distance=False)[:, 1:]
+    return bool((of[place] == of[:1_000, None]).mean() > APART)
 
 
 def _directions(x: Float[np.ndarray, "cell component"]) -> Float[np.ndarray, "cell component"]:

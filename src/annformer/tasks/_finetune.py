@@ -22,7 +22,7 @@ from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
 from annformer.train.estimate import measure
-from annformer.train.fit import fit
+from annformer.train.fit import RunStopped, fit
 from annformer.train.plan import TrainingPlan
 from annformer.vocab import GeneVocab
 
@@ -36,8 +36,18 @@ FORWARD_SHARE = 1 / 3
 
 
 def loaded(model: ScGPT | str | Path) -> ScGPT:
-    """The model itself, or the one of that name, on the CPU."""
-    return model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
+    """The model itself, or the one of that name, on the CPU.
+
+    Raises
+    ------
+    InputError
+        When it was fine-tuned for a task already: its batches and its panel are not those of other cells.
+    """
+    base = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
+    if base.panel is not None or base.config.model.n_batches:
+        found = f"the model {base.name} is fine-tuned already"
+        raise input_error(found, "a pretrained model", "begin with the one that it was made from")
+    return base
 
 
 def grown(base: ScGPT, config: ModelFolderConfig, vocab: GeneVocab, *, pretrained: bool, seed: int) -> ScGPT:
@@ -80,17 +90,25 @@ def trained(
     job
         What must be the same for a run to go on.
     """
-    machine = Machine(accelerator="cuda" if device is not None and device.startswith("cuda") else "cpu", devices=1)
+    place = _device(device)
+    machine = Machine(accelerator="cuda" if place.type == "cuda" else "cpu", devices=1)
     with _run_folder(folder, job) as path, torch_threads(threads):
         if data.n_steps > FEW_STEPS:
-            log.info("%s", expected(model, data))
+            log.info("%s", expected(model, data, place))
         return fit(TrainingPlan(model, data.config, data.n_steps), data, path, machine)
 
 
-def expected(model: ScGPT, data: CellDataModule) -> str:
+def _device(name: str | None) -> torch.device:
+    """Where to train: the CPU or the first GPU."""
+    if name not in (None, "cpu", "cuda", "cuda:0"):
+        found = f"device {name!r}"
+        raise input_error(found, "'cpu' or 'cuda'", "choose the GPU by CUDA_VISIBLE_DEVICES, and say cuda")
+    return torch.device(name or "cpu")
+
+
+def expected(model: ScGPT, data: CellDataModule, device: torch.device) -> str:
     """Say what training, and embedding the cells after it, will take, from a few steps of a copy."""
-    device = next(model.parameters()).device
-    seconds, working, _, tokens = measure(copy.deepcopy(model), data, device, 1)
+    seconds, working, _, tokens = measure(copy.deepcopy(model).to(device), data, device, 1)
     config, n_validated = data.config, len(data.config.asked_shares) * data.n_tokens[data.validated_rows].sum()
     forwards = (config.validations + 1) * n_validated + data.n_tokens.sum()
     needed = seconds / tokens * (data.plan.tokens_until(data.n_steps) + FORWARD_SHARE * forwards)
@@ -113,8 +131,15 @@ def torch_threads(n: int | None) -> Iterator[None]:
 @contextmanager
 def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="annformer-") as name:
-            yield Path(name)
+        try:
+            with tempfile.TemporaryDirectory(prefix="annformer-") as name:
+                yield Path(name)
+        except RunStopped:  # which says that something is saved
+            found = "stopped before the end; nothing of this fine-tuning is kept"
+            remedy = (
+                "begin again; with fit(..., folder=...), as `annformer integrate` does it, the next call goes on where this one stopped"
+            )
+            raise RunStopped(str(input_error(found, "to run to the end", remedy))) from None
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(job, sort_keys=True)

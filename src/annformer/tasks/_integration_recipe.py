@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from annformer.config import Config
 from annformer.errors import input_error
@@ -22,44 +24,49 @@ NAMES = ("integrate", "integrate-original")
 class AnchorSettings(Config):
     """How the places are found that cell embeddings are drawn to."""
 
-    n_components: int = Field(50, gt=1)
+    n_components: int = Field(gt=1)
     """Principal components of the expression of the chosen genes, and length of the integrated embedding."""
-    strength: float = Field(2.0, ge=0)
+    strength: float = Field(ge=0)
     """How strongly batches are mixed inside clusters; 0: clusters form as they will."""
-    n_neighbours: int = Field(30, gt=0)
+    n_neighbours: int = Field(gt=0)
     """Cells of each batch that a cell's place is drawn to."""
-    smoothing: float = Field(0.6, ge=0, le=1)
+    smoothing: float = Field(ge=0, le=1)
     """Share of these neighbours in the place: more makes tighter types, and takes large ones apart."""
 
 
 class IntegrationRecipe(Config):
-    """Settings of a `BatchIntegrator`. The defaults are measured ones (docs/guides/integrate.md)."""
+    """Settings of a `BatchIntegrator`. What is not said is as in the recipe `integrate`, inside `train` and the objectives too."""
 
-    n_genes: int = Field(2000, gt=0)
+    n_genes: int = Field(gt=0)
     """Highly variable genes that are read, chosen within the batches."""
-    zeros: Annotated[float, Field(ge=0)] | Literal["all"] = 1.0
+    zeros: Annotated[float, Field(ge=0)] | Literal["all"]
     """Chosen genes that a cell does not express, as tokens: so many for each that it does, drawn anew in every step, or "all"."""
-    max_length: int = Field(1201, ge=2)
+    max_length: int = Field(ge=2)
     """Most tokens of a cell when it is embedded; training may take fewer (`train.max_length`)."""
-    cls_value: float | None = None
-    """Value at `<cls>`; by default the one that the model knows."""
-    view: bool = True
+    cls_value: float | None
+    """Value at `<cls>`; None: the one that the model knows."""
+    view: bool
     """Let the cell embedding read log-normalised expression beside the tokens."""
-    dsbn: bool = False
+    dsbn: bool
     """Normalise tokens by the statistics of their batch."""
-    dropout: float | None = Field(None, ge=0, lt=1)
-    """By default that of the model."""
-    gep: GEPConfig | None = Field(default_factory=lambda: GEPConfig.read({}, where="default"))
-    gepc: GEPCConfig | None = Field(default_factory=lambda: GEPCConfig.read({}, where="default"))
-    ecs_weight: float = Field(0.0, ge=0)
-    """0: the objective is left out, as with the next ones."""
-    ecs_threshold: float = Field(0.8, ge=0, le=1)
-    dar_weight: float = Field(1.0, ge=0)
-    anchor_weight: float = Field(10.0, ge=0)
-    anchor: AnchorSettings = Field(default_factory=lambda: AnchorSettings.read({}, where="default"))
-    least_steps: int = Field(0, ge=0)
+    dropout: float | None = Field(ge=0, lt=1)
+    """None: that of the model."""
+    gep: GEPConfig | None
+    """None: the objective is left out, as the next ones with weight 0."""
+    gepc: GEPCConfig | None
+    ecs_weight: float = Field(ge=0)
+    ecs_threshold: float = Field(ge=0, le=1)
+    dar_weight: float = Field(ge=0)
+    anchor_weight: float = Field(ge=0)
+    anchor: AnchorSettings
+    least_steps: int = Field(ge=0)
     """Few cells are seen more often than `train.epochs` says, until there are so many steps."""
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig.read({}, where="default"))
+    train: TrainConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return _laid_over(_shipped(NAMES[0]), values) if isinstance(values, Mapping) else values
 
     @classmethod
     def named(cls, name: str) -> IntegrationRecipe:
@@ -70,7 +77,9 @@ class IntegrationRecipe(Config):
         InputError
             When there is none, or with every setting that is unknown or out of range.
         """
-        path: Any = files("annformer") / "recipes" / f"{name}.yaml" if name in NAMES else Path(name)
+        if name in NAMES:
+            return cls.read(_shipped(name), where=f"the recipe {name}")
+        path = Path(name)
         if not path.is_file():
             found = f"there is no recipe {name!r}"
             raise input_error(found, f"one of {', '.join(NAMES)}, or a YAML file", "check the name")
@@ -92,3 +101,18 @@ class IntegrationRecipe(Config):
         if self.anchor_weight:
             chosen["anchor"] = {"kind": "anchor", "weight": self.anchor_weight, "n_components": self.anchor.n_components}
         return chosen
+
+
+@cache
+def _shipped(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((files("annformer") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return values
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above`, and what only `below` says; settings inside of settings likewise. Values that are None are said."""
+    merged = dict(below)
+    for name, value in above.items():
+        inner = merged.get(name)
+        merged[name] = _laid_over(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -8,23 +8,24 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from anndata import AnnData, ImplicitModificationWarning
+from anndata import AnnData
 from jaxtyping import Bool, Float
 
 import annformer
 from annformer.data.anndata import AnnDataSource
-from annformer.data.write import Addition, Content, foreign_record, require_place, write_copy
+from annformer.data.write import Addition, Content, require_place, write_copy
 from annformer.errors import AnnformerWarning, input_error
 from annformer.genes import GeneMatch
 from annformer.inference import encode_cells, estimate
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._output import AnotherWayError, Output
+from annformer.tasks._place import check_key, check_target, put
 from annformer.tokenizer import TokenizerSettings
 
 logger = logging.getLogger(__name__)
@@ -95,10 +96,11 @@ def embed(
     None, or the copy. Sets `obsm[key_added]` (float32, rows of length 1) and `uns["annformer"][key_added]` (model, settings, counts, gene
     match, version) and nothing else.
     """
-    _check_key(key_added)
+    check_key(key_added)
     _check_choice("empty", empty, ("nan", "error", "drop"))
     _check_least("workers", workers, 0)
-    _check_target(adata, empty, copy=copy)
+    _check_empty(empty, copy=copy)
+    check_target(adata, copy=copy)
     model = _loaded(model, device)
     source = AnnDataSource(adata, gene_key=gene_key, layer=layer, orthologs=orthologs)
     settings = _settings(model, max_length, seed)
@@ -114,10 +116,7 @@ def embed(
     _require_some(keep)
     _warn_empty(np.flatnonzero(~keep), source.obs_names, empty)
     record = _record(model, settings, source, match, keep)
-    target = adata.copy() if copy else adata
-    with _no_word_on_views() if target.is_view else nullcontext():
-        target.obsm[key_added] = rows
-    target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}
+    target = put(adata, key_added, rows, record, copy=copy)
     if not copy:
         return None
     return target[keep].copy() if empty == "drop" and not keep.all() else target
@@ -169,7 +168,7 @@ def embed_file(
     -------
     What it also writes to `uns["annformer"][key_added]`.
     """
-    _check_key(key_added)
+    check_key(key_added)
     _check_choice("empty", empty, ("nan", "error", "drop"))
     _check_least("workers", workers, 0)
     _check_choice("content", content, ("all", "embedding"))
@@ -266,14 +265,6 @@ def _embeddings(
 
 
 @contextmanager
-def _no_word_on_views() -> Iterator[None]:
-    """A view that is written into becomes an object of its own: that is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitModificationWarning)
-        yield
-
-
-@contextmanager
 def _progress_bar(n_cells: int, done: int, *, progress: bool | None) -> Iterator[Any]:
     if not (sys.stderr.isatty() if progress is None else progress):
         yield None
@@ -361,26 +352,10 @@ def _named(rows: np.ndarray, names: np.ndarray) -> str:
     return f"{len(rows):,} {'cell has' if len(rows) == 1 else 'cells have'} ({first}{more})"
 
 
-def _check_key(key_added: str) -> None:
-    if not key_added or "/" in key_added:  # HDF5 and zarr would make folders of it
-        found = f"key_added={key_added!r}"
-        raise input_error(found, "a name without '/'", "choose another key_added")
-
-
-def _check_target(adata: AnnData, empty: Empty, *, copy: bool) -> None:
-    """Refuse before any work what could not be written into `adata` after it."""
+def _check_empty(empty: Empty, *, copy: bool) -> None:
     if empty == "drop" and not copy:
         found = "empty='drop' would take cells out of your AnnData"
         raise input_error(found, "copy=True beside it", "pass copy=True, or use empty='nan'")
-    if not isinstance(adata, AnnData):
-        found = f"data of type {type(adata).__name__}"
-        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad, or use embed_file from file to file")
-    if adata.isbacked and (adata.is_view or copy):
-        found = "a view of a backed AnnData" if adata.is_view else "copy=True of a backed AnnData"
-        raise input_error(found, "an AnnData that can be written to in memory", "pass adata.to_memory(), or use embed_file")
-    if not isinstance(adata.uns.get("annformer", {}), Mapping):
-        name = "your AnnData"
-        raise foreign_record(name)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

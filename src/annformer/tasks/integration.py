@@ -20,7 +20,7 @@ import annformer
 from annformer import checkpoints
 from annformer.baselines.expression import highly_variable
 from annformer.config import Config
-from annformer.data.anndata import AnnDataSource
+from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.data.random_cells import MemoryCells
 from annformer.errors import AnnformerWarning, input_error
 from annformer.inference import encode_cells
@@ -30,6 +30,7 @@ from annformer.tasks._alignment import find_anchors
 from annformer.tasks._correction import Correction, fit_correction
 from annformer.tasks._finetune import grown, loaded, torch_threads, trained
 from annformer.tasks._integration_recipe import IntegrationRecipe
+from annformer.tasks._place import check_key, check_target, put
 from annformer.tokenizer import panel_expression
 from annformer.train.datamodule import CellDataModule
 from annformer.vocab import GeneVocab
@@ -55,6 +56,8 @@ class Integrated(Config):
     """What the folder of a fine-tuned model says of its integrator."""
 
     batches: tuple[str, ...]
+    n_matched: int
+    """Genes of the data that the vocabulary knows: over them the library size of a cell is counted."""
     options: Options
 
 
@@ -62,7 +65,8 @@ class BatchIntegrator:
     """Fine-tune a model on cells of several batches until its cell embedding tells types and not batches (scGPT, Methods "Integration").
 
     Beside GEP, GEPC and DAR, with batch embeddings beside the heads and never in the transformer, every cell embedding is drawn to an
-    anchor: the mean place of the cells like it in all batches (`tasks/_alignment.py`). Nothing reads a label of cell types.
+    anchor: the mean place of the cells like it in all batches (`tasks/_alignment.py`). Nothing reads a label of cell types. With the
+    expression view GEPC reconstructs what the cell embedding has read; only GEP guesses values that are hidden.
 
     Parameters
     ----------
@@ -142,7 +146,8 @@ class BatchIntegrator:
         codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
         _require_batches(codes, self.batches_, self.batch_key)
         self.match_ = source.match(vocab)
-        panel = _chosen_genes(cells, codes, recipe.n_genes)
+        self._n_matched = _n_matched(source, vocab)
+        panel, self._how_chosen = _chosen_genes(cells, codes, recipe.n_genes)
         self.genes_ = tuple(vocab.tokens[i] for i in panel)
         self.model_ = self._begin(base, vocab, recipe)
         data = self._data(cells, recipe)
@@ -152,7 +157,13 @@ class BatchIntegrator:
         expression = self._expression(cells)
         self._prepare(expression, codes, recipe)
         digest = _digest(cells, codes)
-        job = {"model": base.fingerprint, "recipe": recipe.model_dump(mode="json"), "seed": self.seed, "cells": digest}
+        job = {
+            "model": base.fingerprint,
+            "pretrained": self.pretrained,
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": self.seed,
+            "cells": digest,
+        }
         log.info(
             "fine-tuning %s on %s cells (%s held back) of %d batches, %s genes, for %d steps",
             base.name,
@@ -167,7 +178,7 @@ class BatchIntegrator:
         with torch_threads(self.threads):
             states = self._encoded(source, codes)
             self._known = digest, states
-            self._correction = None if recipe.gepc is None else fit_correction(self.model_, states, codes, expression)
+            self._correction = None if recipe.gepc is None else fit_correction(self.model_, states, self._placed(states), codes, expression)
         self.seconds_ = time.monotonic() - began
         return self
 
@@ -182,18 +193,13 @@ class BatchIntegrator:
             When a batch was not among the fitted ones, or the genes are not there.
         """
         self._require_fitted()
-        source = self._source(adata)
-        embedding = self._placed(self._states(source))
+        check_key(key_added)
+        check_target(adata, copy=copy)
+        with reading_quietly():
+            embedding = self._placed(self._states(self._source(adata)))
         _warn_empty(embedding)
-        target = adata.copy() if copy else adata
-        target.obsm[key_added] = embedding
-        target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: self._record()}
+        target = put(adata, key_added, embedding, self._record(), copy=copy)
         return target if copy else None
-
-    def fit_transform(self, adata: AnnData, *, key_added: str = "X_annformer") -> Self:
-        """`fit`, then `transform` of the same cells."""
-        self.fit(adata).transform(adata, key_added=key_added)
-        return self
 
     def corrected(
         self, adata: AnnData, *, batch: str | Literal["mean"] = "mean", key_added: str = "annformer_corrected", copy: bool = False
@@ -213,12 +219,15 @@ class BatchIntegrator:
         if self._correction is None:
             found = "a recipe without gepc"
             raise input_error(found, "a model that decodes expression from cell embeddings", "fit with gepc in the recipe")
+        check_key(key_added)
+        check_target(adata, copy=copy)
         weights = self._batch_weights(batch)
-        states = self._states(self._source(adata))
+        with reading_quietly():
+            states = self._states(self._source(adata))
         with torch_threads(self.threads):
-            values = self._correction.decode(self.model_, states, weights)
-        target = adata.copy() if copy else adata
-        target.obsm[key_added] = pd.DataFrame(values, index=target.obs_names, columns=list(self.genes_))
+            values = self._correction.decode(self.model_, self._placed(states), weights)
+        table = pd.DataFrame(values, index=adata.obs_names, columns=list(self.genes_))
+        target = put(adata, key_added, table, self._record() | {"shown_as": batch}, copy=copy)
         return target if copy else None
 
     def save(self, folder: str | Path) -> None:
@@ -244,6 +253,7 @@ class BatchIntegrator:
         settings = Integrated.read(made.get("integrator"), where=f"provenance in config.json of {folder}")
         loaded_one = cls(model, device=device, threads=threads, **settings.options.model_dump())
         loaded_one.model_, loaded_one.genes_, loaded_one.batches_ = model, model.config.panel, settings.batches
+        loaded_one._n_matched = settings.n_matched
         path = Path(folder) / checkpoints.CORRECTION
         loaded_one._correction = Correction(**load_file(path)) if path.is_file() else None
         return loaded_one
@@ -273,7 +283,8 @@ class BatchIntegrator:
             "task": TASK,
             "made_by": f"annformer {annformer.__version__}, fine-tuned from {base.name if self.pretrained else 'random weights'}",
             "recipe": recipe.model_dump(mode="json"),
-            "integrator": Integrated(batches=self.batches_, options=options).model_dump(mode="json"),
+            "genes_chosen_by": self._how_chosen,
+            "integrator": Integrated(batches=self.batches_, n_matched=self._n_matched, options=options).model_dump(mode="json"),
         }
         fields: dict[str, Any] = {
             "model": network.model_dump(),
@@ -337,6 +348,10 @@ class BatchIntegrator:
             self.model_.to(self.device)
         source.match(self.model_.vocab)
         _require_panel(source, self.model_)
+        if (n := _n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and self.model_.encoder.view is not None:
+            found = f"{source.name} has {n:,} genes that the model knows, the fitted cells had {self._n_matched:,}"
+            remedy = "give all genes that were measured: a cell's expression is taken relative to their sum"
+            raise input_error(found, "nearly as many", remedy)
         return np.concatenate([states for _, states in encode_cells(self.model_, source, labels={"batch": codes})])
 
     def _placed(self, states: Float[np.ndarray, "cell width"]) -> Float[np.ndarray, "cell component"]:
@@ -402,16 +417,21 @@ def _require_batches(codes: Int[np.ndarray, "cell"], names: tuple[str, ...], bat
         raise input_error(found, f"at least {FEWEST_CELLS} cells in every batch", remedy)
 
 
-def _chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> Int[np.ndarray, "panel"]:
-    """Ids of the highly variable genes, ascending."""
-    batch = cells.rows(np.arange(cells.n_obs))
+def _chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> tuple[Int[np.ndarray, "panel"], str]:
+    """Ids of the highly variable genes, ascending, and how they were chosen."""
+    batch = cells.whole
     varying = highly_variable(sp.csr_matrix(batch.counts), codes.astype(str), n)
     counts = batch.counts[:, np.flatnonzero(varying.genes)]
     n_varying = int((np.asarray(counts.sum(axis=0)).reshape(-1) > 0).sum())
     if n_varying < FEWEST_GENES:
         found = f"{n_varying} variable genes that the model knows"
         raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
-    return np.sort(batch.gene_ids[varying.genes])
+    return np.sort(batch.gene_ids[varying.genes]), varying.note or "flavour seurat_v3"
+
+
+def _n_matched(source: AnnDataSource, vocab: GeneVocab) -> int:
+    ids = source.match(vocab).ids
+    return len(np.unique(ids[ids >= 0]))
 
 
 def _require_panel(source: AnnDataSource, model: ScGPT) -> None:
@@ -434,8 +454,8 @@ def _warn_empty(embedding: Float[np.ndarray, "cell component"]) -> None:
 def _digest(cells: MemoryCells, codes: Int[np.ndarray, "cell"]) -> str:
     import hashlib
 
-    counts = cells.rows(np.arange(cells.n_obs)).counts
+    counts = cells.whole.counts
     digest = hashlib.sha256(np.ascontiguousarray(codes).tobytes())
-    for part in (counts.indptr, counts.indices, counts.data):
+    for part in (cells.whole.gene_ids, counts.indptr, counts.indices, counts.data):
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()

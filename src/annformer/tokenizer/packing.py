@@ -30,8 +30,8 @@ def tokenize(
 ) -> TokenBatch:
     """Turn cells into packed tokens, all of them visible; the genes of a cell stand in the order of their ids.
 
-    Bins are taken over all non-zero genes of a cell, before genes are chosen. A cell without any gene becomes a lone `<cls>`. Negative
-    values, which data sources refuse, are binned like any other non-zero value.
+    Bins are taken over all non-zero genes of a cell (of the panel, if there is one), before genes are drawn. A cell without any gene
+    becomes a lone `<cls>`. Negative values, which data sources refuse, are binned like any other non-zero value.
 
     Parameters
     ----------
