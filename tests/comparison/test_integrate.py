@@ -10,6 +10,7 @@ from annformer.comparison import integrate
 from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
 from annformer.comparison.methods import Made, Method
 from annformer.comparison.page import _how_judged
+from annformer.comparison.verdicts import verdict_table
 from annformer.data.anndata import AnnDataSource
 from annformer.evaluate.verdict import draws
 from annformer.report import scatter_figure
@@ -145,12 +146,14 @@ def test_types_in_two_of_six_batches_are_enough(cells, tiny_model):
     assert (found.n_units, found.n_left_out) == (None, 0)
 
 
-def test_draws_without_a_type_are_counted(cells, tiny_model, caplog):
+def test_draws_without_a_type_are_counted(cells, tiny_model, caplog, monkeypatch):
+    judged = []
+    monkeypatch.setattr(integrate, "verdict_table", lambda *given: judged.append(given[3:]) or verdict_table(*given))
     cells.obs["batch"] = np.array([f"batch {n % 15}" for n in range(N_CELLS)])  # of 15 batches 5 with types: 0.2 % of draws have none
     cells.obs.loc[np.arange(N_CELLS) % 15 >= 5, "cell_type"] = "unknown"
     with caplog.at_level("INFO", logger="annformer"):
         found = compared(cells, tiny_model, table_of(cells, 10.0, {"floor": 0.0}), seeds=(0,), n_draws=2_000)
-    assert (found.n_units, found.unit) == (5, "whole batches (5 of 15 have types)")
+    assert (found.n_units, found.unit, judged) == (5, "whole batches (5 of 15 have types)", [(5,)])
     assert 0 < found.n_left_out < 40
     assert f"{found.n_left_out} of 2000 bootstrap draws have no cell" in caplog.text
     assert f"{found.n_left_out:,} draws without a cell" in _how_judged(found)

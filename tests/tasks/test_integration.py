@@ -13,6 +13,7 @@ from annformer.tasks.integration import BatchIntegrator
 
 QUICK = {
     "n_genes": 100,
+    "least_steps": 80,
     "anchor": {"n_components": 12, "n_neighbours": 10},
     "gep": {"kind": "gep", "weight": 0.01},
     "gepc": {"kind": "gepc", "weight": 0.01},
@@ -218,26 +219,48 @@ def test_not_fitted(cells):
         BatchIntegrator(batch_key="batch").transform(cells)
 
 
-def test_a_stopped_fit_goes_on_and_another_one_is_refused(model, cells, embedded, tmp_path, monkeypatch):
+def test_a_stopped_fit_ends_as_an_unbroken_one_and_another_is_refused(model, cells, embedded, tmp_path, monkeypatch):
     from annformer.train import fit as fitting
 
     class Killed(Exception):
         pass
 
+    validate = fitting._Keeper._validate
+
     def killed(self, trainer, plan):
-        if trainer.global_step:
+        validate(self, trainer, plan)
+        if trainer.global_step > 40:
             raise Killed
 
-    config = RECIPE.with_(train={**QUICK["train"], "checkpoint_steps": 2})
+    config = RECIPE.with_(train=RECIPE.train.with_(checkpoint_steps=7).model_dump())
     with monkeypatch.context() as patch:
         patch.setattr(fitting._Keeper, "_validate", killed)
         with pytest.raises(Killed):
             BatchIntegrator(model, batch_key="batch", recipe=config, threads=1).fit(cells, folder=tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
     again = BatchIntegrator(model, batch_key="batch", recipe=config, threads=1).fit(cells, folder=tmp_path / "run")
-    assert len(again.history_["train/loss"].dropna()) >= 2
-    with pytest.raises(InputError, match="other cells"):
-        BatchIntegrator(model, batch_key="batch", recipe=config, threads=1, seed=3).fit(cells, folder=tmp_path / "run")
+    assert np.array_equal(again.transform(cells, copy=True).obsm["X_annformer"], embedded.obsm["X_annformer"])
+    for other in ({"seed": 3}, {"pretrained": False}):
+        with pytest.raises(InputError, match="other cells"):
+            BatchIntegrator(model, batch_key="batch", recipe=config, threads=1, **other).fit(cells, folder=tmp_path / "run")
+
+
+def test_stopped_without_a_folder_it_does_not_say_that_something_is_kept(model, cells, monkeypatch):
+    from annformer.train import fit as fitting
+
+    monkeypatch.setattr(fitting._Keeper, "_validate", lambda _self, _trainer, plan: setattr(plan, "wants_to_stop", True))
+    with pytest.raises(fitting.RunStopped, match="nothing of this fine-tuning is kept"):
+        BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=1).fit(cells)
+
+
+def test_what_it_will_take_is_said_beforehand(model, cells, caplog):
+    import re
+
+    longer = RECIPE.with_(least_steps=150, train=RECIPE.train.with_(epochs=30, patience=None).model_dump())
+    with caplog.at_level("INFO", logger="annformer"):
+        BatchIntegrator(model, batch_key="batch", recipe=longer, threads=1).fit(cells)
+    said = next(record.getMessage() for record in caplog.records if "GB of memory" in record.getMessage())
+    assert re.match(r"about [\d.]+ (s|min) for 150 steps and the embedding, \d", said), said
 
 
 def test_what_a_recipe_leaves_open_is_as_in_the_one_that_ships(tmp_path):
