@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -143,7 +144,6 @@ def of_task(tokens: TokenBatch, task: Task) -> TokenBatch:
 def fine_tune(model: af.ScGPT, task: Task, rows: np.ndarray, *, rate: float, n_steps: int, one_rate: bool, seed: int) -> af.ScGPT:
     """AdamW, warm-up and linear decay, cells drawn in seeded passes; whatever part of a long cell is read differs from step to step."""
     one_thread()
-    torch.set_flush_denormal(True)  # moments of gradients that fade away would slow the processor down
     tuned = with_classifier(model, len(task.types), seed=seed).train()
     tuned.encoder.gene = torch.nn.Embedding.from_pretrained(tuned.encoder.gene.weight[task.tokens].detach(), freeze=False)
     parts = [(tuned.encoder.parameters(), rate), (tuned.objectives.parameters(), rate if one_rate else rate * HEAD_RATE)]
@@ -152,16 +152,27 @@ def fine_tune(model: af.ScGPT, task: Task, rows: np.ndarray, *, rate: float, n_s
     short = tuned.tokenizer.with_(max_length=min(MAX_LENGTH, tuned.tokenizer.max_length))
     passes = -(-n_steps * CELLS_PER_STEP // len(rows))
     order = np.concatenate([np.random.default_rng([seed, number]).permutation(rows) for number in range(passes)])
-    for step in range(n_steps):
-        done = (step + 1) / n_steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(done / WARM_UP, (1 - done) / (1 - WARM_UP) + 1 / n_steps)
-        tokens = tokens_of(task, tuned, order[step * CELLS_PER_STEP : (step + 1) * CELLS_PER_STEP], short, step=step)
-        tuned.losses(of_task(tokens, task))["cls"].mean.backward()
-        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    with without_denormals():
+        for step in range(n_steps):
+            done = (step + 1) / n_steps
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(done / WARM_UP, (1 - done) / (1 - WARM_UP) + 1 / n_steps)
+            tokens = tokens_of(task, tuned, order[step * CELLS_PER_STEP : (step + 1) * CELLS_PER_STEP], short, step=step)
+            tuned.losses(of_task(tokens, task))["cls"].mean.backward()
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     return tuned.eval()
+
+
+@contextmanager
+def without_denormals() -> Iterator[None]:
+    """Moments of gradients that fade away slow the processor down; the switch is the whole process's, so it is put back."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def states(model: af.ScGPT, task: Task) -> Float[np.ndarray, "cell width"]:

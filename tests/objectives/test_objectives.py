@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from annformer.model import CellEncoder, ModelConfig
 from annformer.objectives import OBJECTIVES, build
 from annformer.objectives.affine import AffineConfig
+from annformer.objectives.anchor import Anchor, AnchorConfig
 from annformer.objectives.cce import CCEConfig
 from annformer.objectives.cls import CLSConfig
 from annformer.objectives.dar import DARConfig
@@ -26,6 +27,7 @@ CONFIGS = {
     "dar": DARConfig(n_batches=2),
     "cce": CCEConfig(),
     "affine": AffineConfig(zero_probability=True, adaptive_bias=True),
+    "anchor": AnchorConfig(n_components=5),
 }
 
 
@@ -48,6 +50,9 @@ def tokens_and_model(**changes: object) -> tuple[TokenBatch, CellEncoder, ModelC
 def test_every_objective_gives_finite_losses_and_trains_its_head(name: str, context: bool) -> None:
     tokens, encoder, config = tokens_and_model(**({"n_batches": 2, "batch_context": True} if context else {}))
     objective = build(CONFIGS[name], config).double()
+    if isinstance(objective, Anchor):
+        objective.place(torch.randn(4, 5))
+        tokens = tokens._replace(labels=tokens.labels | {"row": torch.arange(4)})
     losses = objective.losses(encoder(tokens, "targets"), tokens, lambda t: encoder(t, "targets"))
     total = sum((loss.mean for loss in losses.values()), torch.zeros(()))
     total.backward()

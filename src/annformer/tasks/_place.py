@@ -25,7 +25,7 @@ def check_target(adata: AnnData, *, copy: bool) -> None:
     """Refuse before any work what could not be written into `adata` after it."""
     if not isinstance(adata, AnnData):
         found = f"data of type {type(adata).__name__}"
-        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad")
+        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad; from file to file there is embed_file")
     if adata.isbacked and (adata.is_view or copy):
         found = "a view of a backed AnnData" if adata.is_view else "copy=True of a backed AnnData"
         raise input_error(found, "an AnnData that can be written to in memory", "pass adata.to_memory(), or use embed_file")
