@@ -14,8 +14,8 @@ from annformer.comparison.verdicts import verdict_table
 from annformer.data.anndata import AnnDataSource
 from annformer.evaluate.verdict import draws
 from annformer.report import scatter_figure
+from annformer.tasks._integration_cells import FEWEST_CELLS
 from annformer.tasks._integration_recipe import IntegrationRecipe
-from annformer.tasks.integration import FEWEST_CELLS
 from comparison_cells import N_CELLS, quick, some_cells, table_of
 
 OURS = [integrate.TUNED, integrate.SCRATCH, integrate.ZERO]

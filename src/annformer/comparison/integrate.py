@@ -47,8 +47,8 @@ PACKAGES: Final = (
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **integrator: Any) -> dict[str, Method]:
     """Table of methods by name: ours, and every baseline. `integrator` holds options of `BatchIntegrator`."""
     from annformer.baselines.integration import INTEGRATION, available
+    from annformer.tasks._integration_cells import FEWEST_CELLS
     from annformer.tasks._integration_recipe import IntegrationRecipe
-    from annformer.tasks.integration import FEWEST_CELLS
 
     tuned = partial(_integrated, model, {"batch_key": batch_key, **integrator})
     given = integrator.get("recipe", "integrate")
@@ -78,7 +78,7 @@ def _integrated(model: ScGPT | str | Path, options: Mapping[str, Any], cells: An
 
 
 def _embedded(model: ScGPT | str | Path, cells: AnnData, seed: int, *, device: str | None, threads: int | None) -> Made:
-    from annformer.tasks._finetune import torch_threads
+    from annformer.tasks._threads import torch_threads
     from annformer.tasks.embedding import embed
 
     with torch_threads(threads):

@@ -19,6 +19,7 @@ from torch import Tensor
 from annformer.durations import in_words
 from annformer.errors import input_error
 from annformer.scgpt import ModelFolderConfig, ScGPT
+from annformer.tasks._threads import torch_threads
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
 from annformer.train.estimate import measure
@@ -115,17 +116,6 @@ def expected(model: ScGPT, data: CellDataModule, device: torch.device) -> str:
     memory = psutil.Process().memory_info().rss + working + 12 * sum(parameter.numel() for parameter in model.parameters())
     shorter = f"; shorter with fewer epochs (train.epochs, now {config.epochs:g}) or tokens (train.max_length)" if needed > 120 else ""
     return f"about {in_words(needed)} for {data.n_steps:,} steps and the embedding, {memory / 1e9:.1f} GB of memory{shorter}"
-
-
-@contextmanager
-def torch_threads(n: int | None) -> Iterator[None]:
-    """Let torch use `n` threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from annformer.inference import encode_cells, estimate
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._output import AnotherWayError, Output
 from annformer.tasks._place import check_key, check_target, put
+from annformer.tasks._threads import torch_threads
 from annformer.tokenizer import TokenizerSettings
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def embed_file(
     _check_choice("content", content, ("all", "embedding"))
     _check_least("threads", threads, 1)
     output = Output(Path(path_in), Path(path_out), overwrite=overwrite)
-    with output, _torch_threads(threads):
+    with output, torch_threads(threads):
         source = AnnDataSource(output.path_in, gene_key=gene_key, layer=layer, orthologs=orthologs)
         if content == "all":
             require_place(source.container, output.path_in)
@@ -280,16 +281,6 @@ def _progress_bar(n_cells: int, done: int, *, progress: bool | None) -> Iterator
             bar.update(task, advance=n, rate=f"{bar.tasks[0].speed or 0:,.1f} cells/s")
 
         yield advance
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _record(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,28 +17,34 @@ from safetensors.numpy import load_file
 
 import annformer
 from annformer import checkpoints
-from annformer.baselines.expression import highly_variable
 from annformer.config import Config
 from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.data.random_cells import MemoryCells
-from annformer.errors import AnnformerWarning, input_error
+from annformer.errors import input_error
 from annformer.inference import encode_cells
 from annformer.objectives.anchor import Anchor
 from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
 from annformer.tasks._alignment import find_anchors
 from annformer.tasks._correction import Correction, fit_correction
-from annformer.tasks._finetune import grown, loaded, torch_threads, trained
+from annformer.tasks._finetune import grown, loaded, trained
+from annformer.tasks._integration_cells import (
+    chosen_genes,
+    digest,
+    expression_over,
+    n_matched,
+    require_batches,
+    require_counts,
+    require_panel,
+    warn_empty,
+)
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks._place import check_key, check_target, put
-from annformer.tokenizer import panel_expression
+from annformer.tasks._threads import torch_threads
 from annformer.train.datamodule import CellDataModule
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
 
-FEWEST_CELLS = 10
-"""Cells of the smallest batch: fewer tell nothing about what the batch does to expression."""
-FEWEST_GENES = 50
 TASK = "integration"
 
 
@@ -141,28 +146,28 @@ class BatchIntegrator:
         base = loaded(self.model)
         vocab = base.vocab.all_trained()
         source = self._source(adata)
-        _require_counts(source)
+        require_counts(source)
         cells = MemoryCells(source, vocab, [self.batch_key])
         codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
-        _require_batches(codes, self.batches_, self.batch_key)
+        require_batches(codes, self.batches_, self.batch_key)
         self.match_ = source.match(vocab)
-        self._n_matched = _n_matched(source, vocab)
-        panel, self._how_chosen = _chosen_genes(cells, codes, recipe.n_genes)
+        self._n_matched = n_matched(source, vocab)
+        panel, self._how_chosen = chosen_genes(cells, codes, recipe.n_genes)
         self.genes_ = tuple(vocab.tokens[i] for i in panel)
         self.model_ = self._begin(base, vocab, recipe)
         data = self._data(cells, recipe)
         if data.n_steps < recipe.least_steps:
             epochs = recipe.train.epochs * recipe.least_steps / data.n_steps
             data = self._data(cells, recipe.with_(train=recipe.train.with_(epochs=epochs).model_dump()))
-        expression = self._expression(cells)
+        expression = expression_over(cells, panel)
         self._prepare(expression, codes, recipe)
-        digest = _digest(cells, codes)
+        known_as = digest(cells, codes)
         job = {
             "model": base.fingerprint,
             "pretrained": self.pretrained,
             "recipe": recipe.model_dump(mode="json"),
             "seed": self.seed,
-            "cells": digest,
+            "cells": known_as,
         }
         log.info(
             "fine-tuning %s on %s cells (%s held back) of %d batches, %s genes, for %d steps",
@@ -177,7 +182,7 @@ class BatchIntegrator:
         self.model_.eval()
         with torch_threads(self.threads):
             states = self._encoded(source, codes)
-            self._known = digest, states
+            self._known = known_as, states
             self._correction = None if recipe.gepc is None else fit_correction(self.model_, states, self._placed(states), codes, expression)
         self.seconds_ = time.monotonic() - began
         return self
@@ -197,7 +202,7 @@ class BatchIntegrator:
         check_target(adata, copy=copy)
         with reading_quietly():
             embedding = self._placed(self._states(self._source(adata)))
-        _warn_empty(embedding)
+        warn_empty(embedding)
         target = put(adata, key_added, embedding, self._record(), copy=copy)
         return target if copy else None
 
@@ -206,8 +211,9 @@ class BatchIntegrator:
     ) -> AnnData | None:
         """Write expression decoded from the cell embedding into `obsm[key_added]`, a DataFrame of cells by `genes_`.
 
-        The GEPC head decodes each gene with the batch context averaged over the batches, or that of one batch for all cells; a line per
-        gene, fitted on the cells of `fit`, turns value bins into log-normalised expression. It is a model's smooth account of each cell:
+        The GEPC head decodes each gene from what the integrated embedding tells of the cell state, with the batch context averaged over
+        the batches, or that of one batch for all cells; a line per gene, fitted on the cells of `fit`, turns value bins into
+        log-normalised expression. It is a model's smooth account of each cell:
         good for plots and for comparing cells across batches, not a replacement for counts in tests of differential expression.
 
         Parameters
@@ -306,15 +312,6 @@ class BatchIntegrator:
             view=recipe.view,
         )
 
-    def _expression(self, cells: MemoryCells) -> sp.csr_array:
-        """Log-normalised expression of the chosen genes."""
-        assert self.model_.panel is not None, "an integration chooses genes"
-        parts = []
-        for first in range(0, cells.n_obs, 1024):
-            rows = np.arange(first, min(first + 1024, cells.n_obs))
-            parts.append(sp.csr_array(np.nan_to_num(panel_expression(cells.rows(rows), self.model_.panel))))
-        return sp.csr_array(sp.vstack(parts, format="csr"))
-
     def _prepare(self, expression: sp.csr_array, codes: Int[np.ndarray, "cell"], recipe: IntegrationRecipe) -> None:
         """Tell view and anchor objective what can be known before training."""
         if self.model_.encoder.view is not None:
@@ -322,22 +319,13 @@ class BatchIntegrator:
         if "anchor" in self.model_.objectives:
             anchor = self.model_.objectives["anchor"]
             assert isinstance(anchor, Anchor)
-            settings = recipe.anchor
-            found = find_anchors(
-                expression,
-                codes,
-                n_components=settings.n_components,
-                strength=settings.strength,
-                n_neighbours=settings.n_neighbours,
-                smoothing=settings.smoothing,
-                seed=self.seed,
-            )
+            found = find_anchors(expression, codes, **recipe.anchor.model_dump(), seed=self.seed)
             anchor.place(torch.from_numpy(found))
 
     def _states(self, source: AnnDataSource) -> Float[np.ndarray, "cell width"]:
         """Cell states; those of the fitted cells are known."""
         codes = self._codes(source)
-        if self._known is not None and self._known[0] == _digest(MemoryCells(source, self.model_.vocab, [self.batch_key]), codes):
+        if self._known is not None and self._known[0] == digest(MemoryCells(source, self.model_.vocab, [self.batch_key]), codes):
             return self._known[1]
         with torch_threads(self.threads):
             return self._encoded(source, codes)
@@ -347,8 +335,8 @@ class BatchIntegrator:
         if self.device is not None:
             self.model_.to(self.device)
         source.match(self.model_.vocab)
-        _require_panel(source, self.model_)
-        if (n := _n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and self.model_.encoder.view is not None:
+        require_panel(source, self.model_)
+        if (n := n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and self.model_.encoder.view is not None:
             found = f"{source.name} has {n:,} genes that the model knows, the fitted cells had {self._n_matched:,}"
             remedy = "give all genes that were measured: a cell's expression is taken relative to their sum"
             raise input_error(found, "nearly as many", remedy)
@@ -397,65 +385,3 @@ class BatchIntegrator:
         if not hasattr(self, "model_"):
             found = "a BatchIntegrator that was not fitted"
             raise input_error(found, "a fitted one", "call fit(adata) first, or BatchIntegrator.load(folder)")
-
-
-def _require_counts(source: AnnDataSource) -> None:
-    if source.counts.kind == "log-normalised":
-        found = f"{source.name} holds no counts: {source.counts.where} holds logarithms"
-        raise input_error(found, "the raw counts of every cell, in X or a layer", "put them into layers['counts'], or name their layer")
-
-
-def _require_batches(codes: Int[np.ndarray, "cell"], names: tuple[str, ...], batch_key: str) -> None:
-    sizes = np.bincount(codes, minlength=len(names))
-    if len(names) < 2:
-        found = f"obs[{batch_key!r}] has one batch only, {names[0]!r}"
-        raise input_error(found, "at least two batches", "choose another batch_key; cells of one batch are embedded by `annformer embed`")
-    if (small := np.flatnonzero(sizes < FEWEST_CELLS)).size:
-        listed = ", ".join(f"{names[i]!r} {sizes[i]}" for i in small[:5])
-        found = f"{len(small)} of {len(names)} batches of obs[{batch_key!r}] have very few cells: {listed}"
-        remedy = "leave these cells out, or join batches that belong together"
-        raise input_error(found, f"at least {FEWEST_CELLS} cells in every batch", remedy)
-
-
-def _chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> tuple[Int[np.ndarray, "panel"], str]:
-    """Ids of the highly variable genes, ascending, and how they were chosen."""
-    batch = cells.whole
-    varying = highly_variable(sp.csr_matrix(batch.counts), codes.astype(str), n)
-    counts = batch.counts[:, np.flatnonzero(varying.genes)]
-    n_varying = int((np.asarray(counts.sum(axis=0)).reshape(-1) > 0).sum())
-    if n_varying < FEWEST_GENES:
-        found = f"{n_varying} variable genes that the model knows"
-        raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
-    return np.sort(batch.gene_ids[varying.genes]), varying.note or "flavour seurat_v3"
-
-
-def _n_matched(source: AnnDataSource, vocab: GeneVocab) -> int:
-    ids = source.match(vocab).ids
-    return len(np.unique(ids[ids >= 0]))
-
-
-def _require_panel(source: AnnDataSource, model: ScGPT) -> None:
-    """New cells should have measured what the model was fitted on."""
-    assert model.panel is not None, "an integration chooses genes"
-    there = float(np.isin(model.panel, source.match(model.vocab).ids).mean())
-    if there < 0.5:
-        found = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on"
-        raise input_error(found, "at least half of them", "give cells with the same genes as those of fit")
-    if there < 0.9:
-        msg = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on; the others count as average"
-        warnings.warn(msg, AnnformerWarning, stacklevel=4)
-
-
-def _warn_empty(embedding: Float[np.ndarray, "cell component"]) -> None:
-    if n := int(np.isnan(embedding[:, 0]).sum()):
-        warnings.warn(f"{n} cells express none of the chosen genes: their embedding is NaN", AnnformerWarning, stacklevel=3)
-
-
-def _digest(cells: MemoryCells, codes: Int[np.ndarray, "cell"]) -> str:
-    import hashlib
-
-    counts = cells.whole.counts
-    digest = hashlib.sha256(np.ascontiguousarray(codes).tobytes())
-    for part in (cells.whole.gene_ids, counts.indptr, counts.indices, counts.data):
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()
