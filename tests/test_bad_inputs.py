@@ -17,6 +17,7 @@ import pytest
 from scipy.sparse import random as sparse_random
 
 from annformer.cli import main
+from bad_annotation import ANNOTATIONS
 from bad_inputs import EMBED, FINE, ROWS, Kit, Row
 
 
@@ -44,7 +45,7 @@ def kit(tmp_path, monkeypatch, tiny_adata, tiny_model) -> Kit:
     return kit
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ROWS + ANNOTATIONS, ids=lambda row: row.name)
 def test_mistake(row: Row, kit: Kit, capsys):
     if row.skip_root and os.geteuid() == 0:
         pytest.skip("root may write everywhere")

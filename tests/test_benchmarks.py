@@ -377,3 +377,16 @@ def test_bootstrap_draws_sources_whole(script, monkeypatch) -> None:
     assert cells.verdict(0.9, 0.99, even=0, less_is_better=False) == "beats"
     assert cells.verdict(1.01, 1.2, even=1, less_is_better=True) == "loses"
     assert cells.verdict(-0.1, 0.1, even=0, less_is_better=False) == "ties"
+
+
+def test_mapping_prints_its_table(script, capsys) -> None:
+    pytest.importorskip("faiss")
+    mapping = script("mapping")
+    vectors = mapping.Cells(16).draw(50, seed=1)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert mapping.recall(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]])) == 0.75
+    mapping.main(["--n_cells", "3000", "--n_queries", "60", "--width", "16", "--exact_queries", "20", "--probed", "160"])
+    printed = capsys.readouterr().out
+    assert "60 queries, 3,000 x 16 vectors" in printed
+    assert "| exact " in printed
+    assert "12 of 75 lists" in printed

@@ -14,6 +14,7 @@ NAMES = {
     "GeneVocab",
     "InputError",
     "ModelConfig",
+    "ReferenceMapper",
     "ScGPT",
     "TokenizerSettings",
     "embed",

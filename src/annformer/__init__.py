@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from annformer.errors import InputError as InputError
     from annformer.model.config import ModelConfig as ModelConfig
     from annformer.scgpt import ScGPT as ScGPT
+    from annformer.tasks.annotation import CellTypeClassifier as CellTypeClassifier
     from annformer.tasks.embedding import embed as embed
     from annformer.tasks.embedding import embed_file as embed_file
     from annformer.tasks.inspection import inspect as inspect
     from annformer.tasks.integration import BatchIntegrator as BatchIntegrator
+    from annformer.tasks.mapping import ReferenceMapper as ReferenceMapper
     from annformer.tokenizer import TokenizerSettings as TokenizerSettings
     from annformer.vocab import GeneVocab as GeneVocab
 
@@ -27,9 +29,11 @@ _HOME = {
     "AnnDataSource": "annformer.data.anndata",
     "AnnformerWarning": "annformer.errors",
     "BatchIntegrator": "annformer.tasks.integration",
+    "CellTypeClassifier": "annformer.tasks.annotation",
     "GeneVocab": "annformer.vocab",
     "InputError": "annformer.errors",
     "ModelConfig": "annformer.model.config",
+    "ReferenceMapper": "annformer.tasks.mapping",
     "ScGPT": "annformer.scgpt",
     "TokenizerSettings": "annformer.tokenizer",
     "embed": "annformer.tasks.embedding",

@@ -26,7 +26,9 @@ from annformer.vocab import GeneVocab
 MODEL_FILES: Final = ("config.json", "vocab.json", "model.safetensors", "README.md")
 """What a model folder of ours holds."""
 CORRECTION: Final = "correction.safetensors"
-"""What the folder of an integrated model may hold beside them."""
+CLASSIFIER: Final = "classifier.safetensors"
+PART_FILES: Final = (CORRECTION, CLASSIFIER)
+"""What the folder of an integrated model, or of a classifier, holds beside them."""
 AUTHORS_FILES: Final = ("args.json", "vocab.json", "best_model.pt")
 """What a checkpoint folder of the authors holds."""
 STAMP: Final = ".verified.json"

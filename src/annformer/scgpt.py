@@ -107,7 +107,9 @@ class ScGPT(nn.Module):
         model.load_state_dict(weights)
         return model.to(device).eval()
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None, correction: Mapping[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, card: str | None = None, parts: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
         """Write `config.json`, `vocab.json`, `model.safetensors` and `README.md`, whole or not at all.
 
         A model that stands there is replaced; a folder with anything else in it is refused.
@@ -116,8 +118,9 @@ class ScGPT(nn.Module):
         ----------
         card
             Text of the model card; by default one is made from the settings.
-        correction
-            Tensors of a `BatchIntegrator` that are no weights of the network; they become a file of their own.
+        parts
+            Tensors of an estimator that are no weights of the network, by the name of the file that they become
+            (`checkpoints.PART_FILES`).
         """
 
         def fill(fresh: Path) -> None:
@@ -126,10 +129,10 @@ class ScGPT(nn.Module):
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
             (fresh / "README.md").write_text(card if card is not None else self._card(), encoding="utf-8")
-            if correction is not None:
-                save_file(dict(correction), fresh / checkpoints.CORRECTION)
+            for name, tensors in (parts or {}).items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh / name)
 
-        checkpoints.write_folder(Path(folder), (*checkpoints.MODEL_FILES, checkpoints.CORRECTION), fill)
+        checkpoints.write_folder(Path(folder), (*checkpoints.MODEL_FILES, *checkpoints.PART_FILES), fill)
 
     def save_for_authors(
         self, folder: str | Path, *, spelling: Literal["Wqkv", "in_proj"] = "Wqkv", drop: Collection[str] = ()

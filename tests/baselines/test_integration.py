@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from annformer.baselines import INTEGRATION, available, integration
+from annformer.baselines import INTEGRATION, _packages, available, integration
 from annformer.errors import InputError
 
 N, N_GENES = 200, 320
@@ -113,7 +113,7 @@ def test_scvi_trains_on_all_but_a_tenth_in_batches_that_it_can_normalise(n_cells
 
 
 def test_what_is_not_installed_is_named(counts, monkeypatch):
-    monkeypatch.setattr(integration, "find_spec", lambda _: None)
+    monkeypatch.setattr(_packages, "find_spec", lambda _: None)
     assert available("PCA HVG") is None
     assert available("Harmony HVG scaled") == "pip install 'annformer[harmony]'"
     assert available("scVI HVG") == "pip install 'annformer[baselines]'"

@@ -21,7 +21,7 @@ import annformer as af
 from annformer import inference
 from annformer.cli._messages import explain
 from annformer.data import write
-from annformer.tasks import _output, embedding
+from annformer.tasks import _encoding, _output, embedding
 
 KEY = "X_annformer"
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -67,7 +67,7 @@ class StoppedError(Exception):
 
 def stop_after(monkeypatch, n_runs, error=StoppedError):
     """Let `embed_file` fail after some runs of cells."""
-    whole = embedding.encode_cells
+    whole = _encoding.encode_cells
 
     def stopping(*args, **options):
         for number, run in enumerate(whole(*args, **options)):
@@ -75,7 +75,7 @@ def stop_after(monkeypatch, n_runs, error=StoppedError):
                 raise error
             yield run
 
-    monkeypatch.setattr(embedding, "encode_cells", stopping)
+    monkeypatch.setattr(_encoding, "encode_cells", stopping)
 
 
 # in memory
@@ -192,7 +192,7 @@ def test_model_that_needs_batch_labels_is_refused(tiny_adata, tiny_vocab):
 
 
 def test_long_runs_say_beforehand_what_they_take(tiny_adata, tiny_model, monkeypatch, caplog):
-    monkeypatch.setattr(embedding, "ESTIMATE_ABOVE", 50)
+    monkeypatch.setattr(_encoding, "ESTIMATE_ABOVE", 50)
     with caplog.at_level(logging.INFO, "annformer"):
         af.embed(tiny_adata(), tiny_model)
     assert any("60 cells with" in line and "cells/s" in line for line in caplog.messages)
@@ -208,7 +208,7 @@ def test_progress_goes_to_stderr_by_choice(tiny_adata, tiny_model, capsys):
 
 
 def test_what_cannot_be_written_into_is_refused_before_any_work(tiny_adata, tiny_model, path_in, monkeypatch):
-    monkeypatch.setattr(embedding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
+    monkeypatch.setattr(_encoding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
     backed = anndata.read_h5ad(path_in, backed="r")
     for options in ({"adata": backed[:10]}, {"adata": backed[:10], "copy": True}, {"adata": backed, "copy": True}):
         with pytest.raises(af.InputError, match=r"to_memory\(\), or use embed_file"):
@@ -387,7 +387,7 @@ def test_a_foreign_record_is_found_before_any_work(tiny_adata, tiny_model, tmp_p
     adata.uns["annformer"] = foreign
     (adata.write_h5ad if suffix == ".h5ad" else adata.write_zarr)(path)
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
+        patch.setattr(_encoding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
         with pytest.raises(af.InputError, match="not a mapping"):
             embed_file(path, tmp_path / f"out{suffix}", tiny_model)
     embed_file(path, tmp_path / f"out{suffix}", tiny_model, content="embedding")
@@ -505,7 +505,7 @@ def test_hdf5_goes_on_in_peace_on_a_full_disk(tmp_path, room):
     with h5py.File(path, "w") as file:
         file["old"] = np.arange(1_000)
     found = []
-    with files_up_to(path.stat().st_size + room), pytest.raises(OSError, match="File too large"), write._opened(path, "r+") as file:
+    with files_up_to(path.stat().st_size + room), pytest.raises(OSError, match="File too large"), write.opened(path, "r+") as file:
         for number in range(300):
             file.create_group(f"group{number}")["text"] = [f"{number} and more"] * 20
         file.flush()
@@ -527,8 +527,8 @@ def test_interrupted_run_goes_on_to_the_same_bits(path_in, tiny_model, tmp_path,
     assert not (tmp_path / "out.h5ad").exists()
     assert json.loads((tmp_path / "out.h5ad.partial" / "journal.json").read_text())["done"] == 40
     encoded = []
-    whole = embedding.encode_cells
-    monkeypatch.setattr(embedding, "encode_cells", lambda *a, **o: (encoded.append(o["start"]), whole(*a, **o))[1])
+    whole = _encoding.encode_cells
+    monkeypatch.setattr(_encoding, "encode_cells", lambda *a, **o: (encoded.append(o["start"]), whole(*a, **o))[1])
     embed_file(path_in, tmp_path / "out.h5ad", tiny_model, resume=True)
     assert encoded == [40]
     one, two = (anndata.read_h5ad(tmp_path / name).obsm[KEY] for name in ("whole.h5ad", "out.h5ad"))
@@ -583,14 +583,14 @@ def test_empty_cells_that_an_earlier_run_allowed_are_refused(rich_adata, tiny_mo
 
 
 def test_second_run_on_the_same_output_is_refused(path_in, tiny_model, tmp_path, monkeypatch):
-    whole = embedding.encode_cells
+    whole = _encoding.encode_cells
 
     def meanwhile(*args, **options):
         with pytest.raises(af.InputError, match="another run"):
             embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
         return whole(*args, **options)
 
-    monkeypatch.setattr(embedding, "encode_cells", meanwhile)
+    monkeypatch.setattr(_encoding, "encode_cells", meanwhile)
     embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
 

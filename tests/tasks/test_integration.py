@@ -8,7 +8,7 @@ import pytest
 
 import annformer as af
 from annformer.errors import InputError
-from annformer.tasks._integration_recipe import NAMES, IntegrationRecipe
+from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks.integration import BatchIntegrator
 
 QUICK = {
@@ -272,7 +272,7 @@ def test_what_a_recipe_leaves_open_is_as_in_the_one_that_ships(tmp_path):
     assert mine.with_(dsbn=False, train=shipped.train.model_dump(), gepc=shipped.gepc.model_dump()) == shipped
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IntegrationRecipe.shipped)
 def test_recipes_that_ship_are_read(name):
     recipe = IntegrationRecipe.named(name)
     assert recipe.objectives(3)["dar"]["n_batches"] == 3

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from jaxtyping import Float
 
+from annformer.baselines._packages import quietly, require
 from annformer.baselines.expression import Counts, Names, highly_variable, log_normalised, scaled
 from annformer.baselines.pca import pca_embedding
-from annformer.errors import input_error
 
 N_GENES = 2_000
 BATCH_SIZE, SMALLEST_BATCH = 128, 3
 """scvi-tools' own; a smaller last batch would not do for its normalisation over the batch."""
-
-
-def available(name: str) -> str | None:
-    """What to install before this baseline can run; None when nothing is missing."""
-    package = name.split()[0]
-    module, distribution = PACKAGES.get(package, ("", ""))
-    return f"pip install '{distribution}'" if module and find_spec(module) is None else None
 
 
 def _pca(
@@ -54,7 +44,7 @@ def _harmony(
     ridge: float | None = None,
 ) -> Float[np.ndarray, "cell width"]:
     """Harmony's second version chooses a penalty for each cluster; the first had 1 for all, and is still in many a pipeline."""
-    _require("Harmony")
+    require("Harmony")
     import harmonypy
 
     before = _pca(counts, batches, seed=seed, genes=genes, scale=scale)
@@ -73,14 +63,14 @@ def _scvi(
     max_epochs: int | None = None,
 ) -> Float[np.ndarray, "cell width"]:
     """The defaults of scvi-tools: ZINB, and as many epochs as its own rule for the number of cells says."""
-    _require("scVI")
+    require("scVI")
     import anndata as ad
     import torch
     from scvi.model import SCVI
 
     chosen = sp.csr_matrix(counts)[:, highly_variable(counts, batches, N_GENES).genes]
     cells = ad.AnnData(chosen, obs=pd.DataFrame({"batch": np.asarray(batches, dtype=str)}, index=np.arange(chosen.shape[0]).astype(str)))
-    with _quietly("scvi", "lightning.pytorch", "lightning.fabric"), torch.random.fork_rng(), warnings.catch_warnings():
+    with quietly("scvi", "lightning.pytorch", "lightning.fabric"), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the number of workers, and of expected counts, which are not whole numbers
         torch.manual_seed(seed)
         SCVI.setup_anndata(cells, batch_key="batch")
@@ -103,30 +93,6 @@ def _split(n_cells: int, seed: int) -> list[np.ndarray]:
     n_held += last if last < SMALLEST_BATCH else 0
     return [np.sort(order[n_held:]), np.sort(order[:n_held])]
 
-
-@contextmanager
-def _quietly(*names: str) -> Iterator[None]:
-    """What these packages log at level INFO is of their inner life."""
-    loggers = [logging.getLogger(name) for name in names]
-    before = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.WARNING)
-        yield
-    finally:
-        for each, level in zip(loggers, before, strict=True):
-            each.setLevel(level)
-
-
-def _require(package: str) -> None:
-    install = available(package)
-    if install is not None:
-        found = f"the package of the baseline {package} is not installed"
-        raise input_error(found, f"the package {PACKAGES[package][0]}", install)
-
-
-PACKAGES = {"Harmony": ("harmonypy", "annformer[harmony]"), "scVI": ("scvi", "annformer[baselines]")}
-"""First word of a baseline's name -> module that it needs, and what to install."""
 
 INTEGRATION: dict[str, Callable[..., Float[np.ndarray, "cell width"]]] = {
     "PCA all genes": partial(_pca, genes="all"),

@@ -17,6 +17,7 @@ EXTRAS = {
     "leidenalg": "cluster",
     "harmonypy": "harmony",
     "scvi": "baselines",
+    "faiss": "atlas",
 }
 """Import name of an optional package -> the extra that installs it."""
 

@@ -19,7 +19,7 @@ log = logging.getLogger("annformer")
 
 
 def run(name: str, words: list[str]) -> int:
-    """Call the command `name` with `words`; every way in which that can end is an exit status.
+    """Call the command `name`, such as "embed" or "map fit", with `words`; every way in which that can end is an exit status.
 
     0: done. 2: something in the user's input or words is wrong, or the user stopped it. 1: our fault.
     """
@@ -27,7 +27,8 @@ def run(name: str, words: list[str]) -> int:
     words = [word for word in words if word not in ("--debug", "--quiet")]
     with _logging(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO), _warnings(others=debug):
         try:
-            command: Callable[..., int | None] = import_module(f"annformer.cli.{name}").command
+            module, _, inner = name.partition(" ")
+            command: Callable[..., int | None] = getattr(import_module(f"annformer.cli.{module}"), inner or "command")
             values = arguments(name, command, words)
             return 0 if values is None else command(**values) or 0
         except BrokenPipeError:  # `annformer inspect FILE | head`: the reader has what it wanted

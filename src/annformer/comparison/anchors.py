@@ -30,8 +30,8 @@ def anchors_of(
         Its vocabulary says which genes are known.
     """
     from annformer.tasks._alignment import find_anchors
+    from annformer.tasks._cells import chosen_genes, expression_over
     from annformer.tasks._finetune import loaded
-    from annformer.tasks._integration_cells import chosen_genes, expression_over
 
     known = MemoryCells(AnnDataSource(cells, layer="X"), loaded(model).vocab.all_trained(), [batch_key])
     batches = known.codes(batch_key)

@@ -46,7 +46,7 @@ PACKAGES: Final = (
 
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **integrator: Any) -> dict[str, Method]:
     """Table of methods by name: ours, and every baseline. `integrator` holds options of `BatchIntegrator`."""
-    from annformer.baselines.integration import INTEGRATION, available
+    from annformer.baselines import INTEGRATION, available
     from annformer.tasks._integration_cells import FEWEST_CELLS
     from annformer.tasks._integration_recipe import IntegrationRecipe
 

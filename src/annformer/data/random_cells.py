@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -113,10 +114,31 @@ class MemoryCells:
         counts = sp.csr_array(sp.vstack([part.counts for part in parts], format="csr"))
         counts.has_canonical_format = True
         self._cells = CellBatch(counts, parts[0].gene_ids, np.arange(counts.shape[0]), {}, _measured(parts))
-        self._names = source.obs_names
+        self._names = np.asarray(source.obs_names)
         self._codes = {column: np.concatenate([part.labels[column] for part in parts]) for column in columns}
         named: Mapping[str, Sequence[str]] = getattr(source, "categories", {})  # sources need not name what their codes stand for
         self._categories = {column: tuple(named.get(column) or map(str, range(codes.max() + 1))) for column, codes in self._codes.items()}
+
+    def with_codes(self, column: str, codes: Int[np.ndarray, "cell"], categories: Sequence[str]) -> MemoryCells:
+        """Return the same cells with one more label column."""
+        other = copy.copy(self)
+        other._codes = {**self._codes, column: codes}
+        other._categories = {**self._categories, column: tuple(categories)}
+        return other
+
+    def changed(self, change: Callable[[CellBatch], CellBatch]) -> MemoryCells:
+        """Return the same cells after a change of their values."""
+        other = copy.copy(self)
+        other._cells = change(self._cells)
+        return other
+
+    def subset(self, rows: Int[np.ndarray, "cell"]) -> MemoryCells:
+        """Return some of the cells, in this order."""
+        part = copy.copy(self)
+        part._cells = self._cells.take(rows)._replace(rows=np.arange(len(rows)))
+        part._names = self._names[rows]
+        part._codes = {column: codes[rows] for column, codes in self._codes.items()}
+        return part
 
     @property
     def whole(self) -> CellBatch:

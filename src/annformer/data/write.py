@@ -55,7 +55,7 @@ def require_place(source: Container, path_in: Path) -> None:
     """Refuse an input in which something else has the place of the record, before any work."""
     if source.format not in ("h5ad", "zarr"):
         return
-    with _opened(path_in, "r") as root:
+    with opened(path_in, "r") as root:
         taken = "uns" in root and "annformer" in root["uns"] and not _is_mapping(root["uns"]["annformer"])
     if taken:
         raise foreign_record(str(path_in))
@@ -75,12 +75,12 @@ def write_copy(
     source: Container,
     path_in: Path,
     path_out: Path,
-    addition: Addition,
+    addition: Addition | None,
     *,
     keep: Bool[np.ndarray, "cell"] | None = None,
     content: Content = "all",
 ) -> None:
-    """Write the cells of `source` with `addition` to `path_out`, which must not exist.
+    """Write the cells of `source`, with `addition` if there is one, to `path_out`, which must not exist.
 
     Parameters
     ----------
@@ -102,15 +102,21 @@ def write_copy(
     elif source.format == "h5ad" and not encoded:
         _write_whole(path_in, path_out, keep, content)
     else:
-        with _opened(path_out, "w") as target:
+        with opened(path_out, "w") as target:
             target.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
             if content == "embedding" or not encoded:
                 _write_tables(source, target, keep, content)
             else:
-                with _opened(path_in, "r") as root:
+                with opened(path_in, "r") as root:
                     _write_elements(root, target, keep)
-    with _opened(path_out, "r+") as target:
-        _add(target, addition, keep)
+    if addition is not None:
+        with opened(path_out, "r+") as target:
+            _add(target, addition, keep)
+    settle(path_out)
+
+
+def settle(path_out: Path) -> None:
+    """Make a written file safe on the disk, and the list of its parts in a zarr store complete."""
     if path_out.is_dir():
         zarr.consolidate_metadata(str(path_out))
     else:
@@ -120,12 +126,13 @@ def write_copy(
 
 def _is_encoded(path: Path) -> bool:
     """Whether the elements say how they are encoded, as AnnData writes since 0.8."""
-    with _opened(path, "r") as root:
+    with opened(path, "r") as root:
         return bool(root.attrs.get("encoding-type") == "anndata")
 
 
 @contextmanager
-def _opened(path: Path, mode: Literal["r", "r+", "w"]) -> Iterator[Node]:
+def opened(path: Path, mode: Literal["r", "r+", "w"]) -> Iterator[Node]:
+    """Root of an h5ad file or a zarr store."""
     if path.suffix == ".zarr" or path.is_dir():
         new = {"zarr_format": anndata.settings.zarr_write_format} if mode == "w" else {}
         yield zarr.open_group(str(path), mode=mode, use_consolidated=False, **new)
@@ -225,7 +232,7 @@ def _write_whole(path_in: Path, path_out: Path, keep: Bool[np.ndarray, "cell"] |
     data = anndata.read_h5ad(path_in)
     data = data if keep is None else data[keep].copy()
     data = data if content == "all" else anndata.AnnData(obs=data.obs)
-    with _opened(path_out, "w") as target:
+    with opened(path_out, "w") as target:
         write_elem(target, "/", data)
 
 
@@ -379,7 +386,7 @@ def _new_array(parent: Node, name: str, shape: tuple[int, ...], dtype: Any, *, c
 
 def _add(target: Node, addition: Addition, keep: Bool[np.ndarray, "cell"] | None) -> None:
     """Write the embedding and its record into an AnnData file, in place of what has that name."""
-    obsm, records = (_group(target, *path) for path in (("obsm",), ("uns", "annformer")))
+    obsm, records = (group_at(target, *path) for path in (("obsm",), ("uns", "annformer")))
     for group in (obsm, records):
         if addition.key in group:
             del group[addition.key]
@@ -394,7 +401,7 @@ def _add(target: Node, addition: Addition, keep: Bool[np.ndarray, "cell"] | None
     write_elem(records, addition.key, dict(addition.record))
 
 
-def _group(parent: Node, *names: str) -> Node:
+def group_at(parent: Node, *names: str) -> Node:
     """The mapping at this path, made where there is none."""
     for name in names:
         if name not in parent:

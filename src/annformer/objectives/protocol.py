@@ -135,10 +135,13 @@ def label_count(tokens: TokenBatch, label: str) -> Int[Tensor, ""]:
     return (_codes(tokens, label) >= 0).sum()
 
 
-def label_loss(logits: Float[Tensor, "cell class"], tokens: TokenBatch, label: str) -> Loss:
+def label_loss(
+    logits: Float[Tensor, "cell class"], tokens: TokenBatch, label: str, class_weights: Float[Tensor, "class"] | None = None
+) -> Loss:
     """Cross entropy of a cell label; cells with a negative code have no label and do not count."""
     codes = _codes(tokens, label)
-    return Loss(F.cross_entropy(logits, codes.clamp(min=-1), ignore_index=-1, reduction="sum"), (codes >= 0).sum())
+    weights = None if class_weights is None else class_weights.to(logits)
+    return Loss(F.cross_entropy(logits, codes.clamp(min=-1), weights, ignore_index=-1, reduction="sum"), (codes >= 0).sum())
 
 
 def _codes(tokens: TokenBatch, label: str) -> Int[Tensor, "cell"]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from annformer.config import Config
-from annformer.errors import input_error
 from annformer.objectives.gep import GEPConfig
 from annformer.objectives.gepc import GEPCConfig
+from annformer.tasks._recipe import Recipe
 from annformer.train.config import TrainConfig
-
-NAMES = ("integrate", "integrate-original")
-"""Recipes that ship."""
 
 
 class AnchorSettings(Config):
@@ -34,8 +26,10 @@ class AnchorSettings(Config):
     """Share of these neighbours in the place: more makes tighter types, and takes large ones apart."""
 
 
-class IntegrationRecipe(Config):
+class IntegrationRecipe(Recipe):
     """Settings of a `BatchIntegrator`. What is not said is as in the recipe `integrate`, inside `train` and the objectives too."""
+
+    shipped = ("integrate", "integrate-original")
 
     n_genes: int = Field(gt=0)
     """Highly variable genes that are read, chosen within the batches."""
@@ -63,33 +57,6 @@ class IntegrationRecipe(Config):
     """Few cells are seen more often than `train.epochs` says, until there are so many steps."""
     train: TrainConfig
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, values: Any) -> Any:
-        return _laid_over(_shipped(NAMES[0]), values) if isinstance(values, Mapping) else values
-
-    @classmethod
-    def named(cls, name: str) -> IntegrationRecipe:
-        """Read one that ships, or a YAML file.
-
-        Raises
-        ------
-        InputError
-            When there is none, or with every setting that is unknown or out of range.
-        """
-        if name in NAMES:
-            return cls.read(_shipped(name), where=f"the recipe {name}")
-        path = Path(name)
-        if not path.is_file():
-            found = f"there is no recipe {name!r}"
-            raise input_error(found, f"one of {', '.join(NAMES)}, or a YAML file", "check the name")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            found = f"the recipe {name} is not YAML: {' '.join(str(error).split())}"
-            raise input_error(found, "settings of an integration", "correct the line that is named") from None
-        return cls.read(values or {}, where=f"the recipe {name}")
-
     def objectives(self, n_batches: int) -> dict[str, dict[str, Any]]:
         """Settings of the objectives, for so many batches."""
         named = {"gep": self.gep, "gepc": self.gepc}
@@ -101,18 +68,3 @@ class IntegrationRecipe(Config):
         if self.anchor_weight:
             chosen["anchor"] = {"kind": "anchor", "weight": self.anchor_weight, "n_components": self.anchor.n_components}
         return chosen
-
-
-@cache
-def _shipped(name: str) -> dict[str, Any]:
-    values: dict[str, Any] = yaml.safe_load((files("annformer") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return values
-
-
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above`, and what only `below` says; settings inside of settings likewise. Values that are None are said."""
-    merged = dict(below)
-    for name, value in above.items():
-        inner = merged.get(name)
-        merged[name] = _laid_over(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -1,4 +1,4 @@
-"""Where a task writes its result in the user's AnnData: one key of obsm, one record in uns, and nothing else."""
+"""Where a task writes its result in the user's AnnData: one key of obsm or columns of obs, one record in uns, and nothing else."""
 
 from __future__ import annotations
 
@@ -43,5 +43,16 @@ def put(adata: AnnData, key_added: str, result: np.ndarray | pd.DataFrame, recor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         target.obsm[key_added] = result
+    target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}
+    return target
+
+
+def put_columns(adata: AnnData, key_added: str, columns: pd.DataFrame, record: dict[str, Any], *, copy: bool) -> AnnData:
+    """Write `columns` into obs, and `uns["annformer"][key_added]`, of `adata` or a copy of it, which is returned."""
+    target = adata.copy() if copy else adata
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        for name in columns:
+            target.obs[name] = columns[name].array
     target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}
     return target

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from anndata import AnnData
 from jaxtyping import Bool, Float
 
@@ -22,8 +19,8 @@ from annformer.data.anndata import AnnDataSource
 from annformer.data.write import Addition, Content, require_place, write_copy
 from annformer.errors import AnnformerWarning, input_error
 from annformer.genes import GeneMatch
-from annformer.inference import encode_cells, estimate
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
+from annformer.tasks._encoding import embeddings, loaded, matched
 from annformer.tasks._output import AnotherWayError, Output
 from annformer.tasks._place import check_key, check_target, put
 from annformer.tasks._threads import torch_threads
@@ -33,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 Empty = Literal["nan", "error", "drop"]
 
-FEW_GENES = 0.5
-"""Share of the columns below which a warning says how few are read."""
-ESTIMATE_ABOVE = 2_000
-"""Cells from which on a few are timed first."""
 FLUSH_EVERY = 4_096
 """Cells after which the work done is made safe on the disk."""
 FLUSH_SECONDS = 30.0
@@ -102,13 +95,13 @@ def embed(
     _check_least("workers", workers, 0)
     _check_empty(empty, copy=copy)
     check_target(adata, copy=copy)
-    model = _loaded(model, device)
+    model = loaded(model, device)
     source = AnnDataSource(adata, gene_key=gene_key, layer=layer, orthologs=orthologs)
     settings = _settings(model, max_length, seed)
-    match = _matched(source, model)
+    match = matched(source, model)
     rows = np.empty((source.n_obs, model.config.model.width), dtype=np.float32)
     written = 0
-    for run in _embeddings(model, source, settings, workers=workers, progress=progress):
+    for run in embeddings(model, source, settings, workers=workers, progress=progress):
         if empty == "error":
             _refuse_empty(run, written, source.obs_names)
         rows[written : written + len(run)] = run
@@ -179,15 +172,15 @@ def embed_file(
         source = AnnDataSource(output.path_in, gene_key=gene_key, layer=layer, orthologs=orthologs)
         if content == "all":
             require_place(source.container, output.path_in)
-        model = _loaded(model, device)
+        model = loaded(model, device)
         settings = _settings(model, max_length, seed)
-        match = _matched(source, model)
+        match = matched(source, model)
         shape = (source.n_obs, model.config.model.width)
         output.require_room(shape, copied=content == "all")
         job = {"model": model.fingerprint, **settings.model_dump(), "counts": source.counts.where, "genes": _hash(match)}
         rows = output.begin(job, shape, resume=resume)
         flushed = time.monotonic()
-        for run in _embeddings(model, source, settings, start=rows.done, workers=workers, progress=progress):
+        for run in embeddings(model, source, settings, start=rows.done, workers=workers, progress=progress):
             if empty == "error":
                 _refuse_empty(run, rows.done + rows.unsafe, source.obs_names)
             rows.append(run)
@@ -208,79 +201,10 @@ def embed_file(
     return record
 
 
-def _loaded(model: ScGPT | str | Path, device: str | None) -> ScGPT:
-    place = None if device is None else _device(device)
-    if not isinstance(model, ScGPT):
-        return ScGPT.from_pretrained(model, device=place or "cpu")
-    return model if place is None else model.to(place)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        found = f"there is no device {name!r} here ({str(error).splitlines()[0]})"
-        raise input_error(found, "cpu, or the name of an accelerator that torch finds", "leave device (--device) out") from None
-    return device
-
-
 def _settings(model: ScGPT, max_length: int | None, seed: int | None) -> TokenizerSettings:
     asked = {"max_length": max_length, "seed": seed}
     changes = {name: value for name, value in asked.items() if value is not None}
     return TokenizerSettings.read(model.tokenizer.model_dump() | changes, where="what was asked for")
-
-
-def _matched(source: AnnDataSource, model: ScGPT) -> GeneMatch:
-    """Match the genes; refuse what this task cannot give the model."""
-    model.require_no_batch()
-    match = source.match(model.vocab)
-    if match.share < FEW_GENES:
-        shares = f"only {match.share:.0%} of the columns ({(match.ids >= 0).sum():,}) are genes that the model knows"
-        msg = f"{source.name}: {shares}; the others are not read. `annformer inspect` shows the names, gene_key (--gene_key) chooses others"
-        warnings.warn(msg, AnnformerWarning, stacklevel=3)
-    if source.counts.kind not in ("counts", "log-normalised"):
-        msg = f"{source.name}: {source.counts.where} is {source.counts.kind}, not counts: {source.counts.note}"
-        warnings.warn(msg, AnnformerWarning, stacklevel=3)
-    return match
-
-
-def _embeddings(
-    model: ScGPT,
-    source: AnnDataSource,
-    settings: TokenizerSettings,
-    *,
-    start: int = 0,
-    workers: int = 1,
-    progress: bool | None = None,
-) -> Iterator[Float[np.ndarray, "cell width"]]:
-    """Runs of embeddings in order, divided by their length; says beforehand what it will take and shows how it goes."""
-    if source.n_obs - start > ESTIMATE_ABOVE:
-        for line in estimate(model, source, settings=settings, start=start).lines():
-            logger.info(line)
-    with _progress_bar(source.n_obs, start, progress=progress) as advance:
-        runs = encode_cells(model, source, settings=settings, start=start, workers=workers, advance=advance)
-        with closing(runs):  # type: ignore[type-var]  # a generator
-            for _, states in runs:
-                yield states / np.linalg.norm(states, axis=1, keepdims=True)
-
-
-@contextmanager
-def _progress_bar(n_cells: int, done: int, *, progress: bool | None) -> Iterator[Any]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("embedding", total=n_cells, completed=done, rate="")
-
-        def advance(n: int) -> None:
-            bar.update(task, advance=n, rate=f"{bar.tasks[0].speed or 0:,.1f} cells/s")
-
-        yield advance
 
 
 def _record(

@@ -25,18 +25,10 @@ from annformer.inference import encode_cells
 from annformer.objectives.anchor import Anchor
 from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
 from annformer.tasks._alignment import find_anchors
+from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, require_counts, require_panel
 from annformer.tasks._correction import Correction, fit_correction
 from annformer.tasks._finetune import grown, loaded, trained
-from annformer.tasks._integration_cells import (
-    chosen_genes,
-    digest,
-    expression_over,
-    n_matched,
-    require_batches,
-    require_counts,
-    require_panel,
-    warn_empty,
-)
+from annformer.tasks._integration_cells import require_batches, warn_empty
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks._place import check_key, check_target, put
 from annformer.tasks._threads import torch_threads
@@ -142,7 +134,7 @@ class BatchIntegrator:
             When there is one batch only, a batch of few cells, a cell without batch, no counts, or hardly a gene that varies.
         """
         began = time.monotonic()
-        recipe = self.recipe if isinstance(self.recipe, IntegrationRecipe) else IntegrationRecipe.named(str(self.recipe))
+        recipe = self.recipe if isinstance(self.recipe, IntegrationRecipe) else IntegrationRecipe.named(self.recipe)
         base = loaded(self.model)
         vocab = base.vocab.all_trained()
         source = self._source(adata)
@@ -239,7 +231,8 @@ class BatchIntegrator:
     def save(self, folder: str | Path) -> None:
         """Write the fine-tuned model, with all that `transform` and `corrected` need, as a model folder; whole or not at all."""
         self._require_fitted()
-        self.model_.save_pretrained(folder, correction=None if self._correction is None else self._correction.tensors())
+        parts = {} if self._correction is None else {checkpoints.CORRECTION: self._correction.tensors()}
+        self.model_.save_pretrained(folder, parts=parts)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Self:

@@ -75,8 +75,9 @@ class TrainConfig(Config):
     """Gradients are scaled down to this length."""
     asked_shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.25, 0.5, 0.75), min_length=1)
     """Shares of a cell's genes that are asked; each step draws one of them."""
-    mode: Literal["ask", "hide"] = "ask"
-    """`ask`: generative, asked genes are seen by nobody; `hide`: masked values, the genes stay visible without their value."""
+    mode: Literal["ask", "hide", "none"] = "ask"
+    """`ask`: generative, asked genes are seen by nobody; `hide`: masked values, the genes stay visible without their value; `none`: every
+    value is seen, for objectives that learn from labels alone."""
     hold_out: HoldOut = Field(default_factory=HoldOut)
     balance: Balance = Field(default_factory=Balance)
     gene_init: Literal["random", "svd"] = "random"
@@ -134,6 +135,14 @@ class PretrainConfig(Config):
     objectives: dict[str, AnyObjectiveConfig] = Field(default_factory=_generative, min_length=1)
     """By default the published ones: GEP with its second pass from the cell embedding, and GEPC."""
     train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @field_validator("train")
+    @classmethod
+    def _asks(cls, value: TrainConfig) -> TrainConfig:
+        if value.mode == "none":
+            msg = "train.mode='none' asks for nothing, and pretraining learns from what is asked: 'ask' or 'hide'"
+            raise ValueError(msg)
+        return value
 
     @field_validator("model")
     @classmethod

@@ -61,6 +61,8 @@ class Reader:
         shares, seed = self.config.asked_shares, self.config.seed
         settings = training_settings(self.settings, self.config)
         tokens = self._tokens(rows, settings, step)
+        if self.config.mode == "none":
+            return tokens
         if self.config.mode == "ask":
             return ask(tokens, shares, seed=seed, step=step)
         share = shares[np.random.default_rng([seed, step]).integers(len(shares))]
@@ -69,6 +71,8 @@ class Reader:
     def asked_once(self, rows: Int[np.ndarray, "cell"], share: float) -> TokenBatch:
         """Batch of a validation: the same questions whenever it is made."""
         tokens, seed = self.tokens(rows), self.config.seed
+        if self.config.mode == "none":
+            return tokens
         return ask(tokens, [share], seed=seed) if self.config.mode == "ask" else hide_values(tokens, share, seed=seed)
 
     def _tokens(self, rows: Int[np.ndarray, "cell"], settings: TokenizerSettings, step: int = 0) -> TokenBatch:
@@ -107,6 +111,8 @@ class CellDataModule(L.LightningDataModule):
         For each role (`batch`, `cell_type`, ...) the label column whose codes the batches carry.
     panel, view
         Genes that are read, and whether as an expression view too: `tokenizer.tokenize`.
+    held_out
+        Rows to hold out; None: as `config.hold_out` says.
 
     Attributes
     ----------
@@ -129,6 +135,7 @@ class CellDataModule(L.LightningDataModule):
         label_keys: Mapping[str, str] | None = None,
         panel: Int[np.ndarray, "panel"] | None = None,
         view: bool = False,
+        held_out: Int[np.ndarray, "held_out"] | None = None,
     ) -> None:
         super().__init__()
         self.vocab, self.settings, self.config = vocab, settings, config
@@ -139,7 +146,7 @@ class CellDataModule(L.LightningDataModule):
         self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys, panel, view)
         self._count_genes()
         self.lengths = self._n_tokens(training_settings(settings, config))
-        self.training_rows, self.validation_rows = self._split()
+        self.training_rows, self.validation_rows = self._split(held_out)
         self.training_rows, weights = self._weighted(config.balance)
         self.validated_rows = self._validated()
         longest = int(self.lengths[self.training_rows].max())
@@ -177,11 +184,12 @@ class CellDataModule(L.LightningDataModule):
         return self.cells.names(item.rows[part])
 
     def validation_batches(self, rank: int = 0, world: int = 1) -> list[TokenBatch]:
-        """Ask every cell of `validated_rows`, once per share; every rank has as many batches."""
+        """Ask every cell of `validated_rows`, once per share (once, where nothing is asked); every rank has as many batches."""
         lengths = self.n_tokens[self.validated_rows]
         n_turns = -(-int(lengths.sum()) // (world * self.config.tokens_per_forward))
         parts = deal(lengths, world * n_turns)[rank::world]
-        return [self.reader.asked_once(self.validated_rows[part], share) for share in self.config.asked_shares for part in parts]
+        shares = self.config.asked_shares if self.config.mode != "none" else (0.0,)
+        return [self.reader.asked_once(self.validated_rows[part], share) for share in shares for part in parts]
 
     def training_tokens(self, n_cells: int) -> TokenBatch:
         """Training cells, at most `n_cells` and drawn by the seed, with all genes visible: what a baseline may learn from."""
@@ -229,13 +237,13 @@ class CellDataModule(L.LightningDataModule):
         self._n_expressed = np.concatenate([np.diff(part.counts.indptr) for part in parts])
         self._n_measured = np.concatenate([part.n_measured for part in parts])
 
-    def _split(self) -> tuple[Int[np.ndarray, "cell"], Int[np.ndarray, "cell"]]:
+    def _split(self, given: Int[np.ndarray, "held_out"] | None) -> tuple[Int[np.ndarray, "cell"], Int[np.ndarray, "cell"]]:
         enough = self._n_expressed >= self.config.min_genes
         if not enough.all():
             said = "%d of %d cells with fewer than %d expressed genes of the vocabulary are left out"
             log.info(said, int((~enough).sum()), len(enough), self.config.min_genes)
         rows = np.flatnonzero(enough)
-        held_out = self._held_out(rows, self.config.hold_out)
+        held_out = self._held_out(rows, self.config.hold_out) if given is None else np.isin(rows, given)
         if held_out.all() or not held_out.any():
             found = f"{len(rows)} cells with enough expressed genes of the vocabulary, {int(held_out.sum())} of them held out"
             raise input_error(found, "at least one to train on and one to hold out", "give more cells, or change train.hold_out")

@@ -1,0 +1,158 @@
+"""The cells of a reference: which have a type, what the linear parts read of them, in which fold each is held back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Int
+
+from annformer.data.anndata import AnnDataSource
+from annformer.data.random_cells import MemoryCells
+from annformer.data.split import folds
+from annformer.errors import AnnformerWarning, input_error
+from annformer.evaluate.integration import UNLABELLED
+from annformer.genes import GeneMatch
+from annformer.tasks._cells import FEWEST_GENES
+from annformer.tokens import CellBatch
+from annformer.vocab import GeneVocab
+
+log = logging.getLogger(__name__)
+
+TYPE = "cell_type"
+"""Column under which the codes of the types stand beside the cells in memory."""
+UNASSIGNED = "unassigned"
+NO_TYPE = (*UNLABELLED, UNASSIGNED, "")
+"""What stands where a cell has no type."""
+FEWEST_CELLS = 3
+"""Cells that express a gene before anything is learned from it."""
+CELLS_LOOKED_AT = 512
+LEAST_SHARE, GOOD_SHARE = 0.5, 0.9
+"""Of the genes of the reference: below the first share cells are refused, below the second a warning says so."""
+
+
+class Reference(NamedTuple):
+    """Labelled cells in memory."""
+
+    cells: MemoryCells
+    codes: Int[np.ndarray, "cell"]
+    types: tuple[str, ...]
+    folds: Int[np.ndarray, "cell"]
+    """Number of the fold in which each cell is held back."""
+    rows: Int[np.ndarray, "cell"]
+    """Where the cells stand in their source."""
+
+
+def read_reference(
+    source: AnnDataSource, vocab: GeneVocab, *, label_key: str, batch_key: str | None, n_folds: int, seed: int
+) -> tuple[Reference, int]:
+    """Read the cells that have a type; say how many have none.
+
+    Raises
+    ------
+    InputError
+        When a column is missing or has gaps, or there are fewer than two types.
+    """
+    columns = [label_key] if batch_key is None else [label_key, batch_key]
+    base = base_of_logarithm(source, vocab)
+    every = MemoryCells(source, vocab, columns).changed(lambda cells: in_counts(cells, base))
+    names = np.asarray(every.categories(label_key), dtype=object)
+    labels = names[every.codes(label_key)]
+    rows = np.flatnonzero(~np.isin(labels, NO_TYPE) & (every.lengths > 0))
+    types, codes = np.unique(labels[rows].astype(str), return_inverse=True)
+    if len(types) < 2:
+        found = f"obs[{label_key!r}] names {f'one type, {str(types[0])!r}' if len(types) else 'no type at all'}"
+        raise input_error(found, "at least two types of cells", "name another column with label_key (--label_key)")
+    if len(types) > max(20, len(rows) // 2):
+        found = f"obs[{label_key!r}] has {len(types):,} values for {len(rows):,} cells"
+        raise input_error(found, "types that many cells share", "name another column with label_key (--label_key)")
+    if len(alone := types[np.bincount(codes) == 1]):
+        listed = ", ".join(map(repr, alone[:5]))
+        msg = f"{len(alone)} types have one cell each ({listed}): they are learned, but how well cannot be told"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+    named, cells = tuple(map(str, types)), every.subset(rows)
+    groups = None if batch_key is None else np.asarray(every.categories(batch_key), dtype=object)[cells.codes(batch_key)]
+    if groups is not None and len(set(groups)) < 2:
+        log.info("obs[%r] has one batch: cells are held back one by one", batch_key)
+        groups = None
+    fold = np.empty(len(rows), np.int64)
+    for number, part in enumerate(folds(types[codes], groups, n_folds=n_folds, seed=seed)):
+        fold[part.test] = number
+    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows), len(labels) - len(rows)
+
+
+def base_of_logarithm(source: AnnDataSource, vocab: GeneVocab) -> float | None:
+    """Say to which base the values of a source are logarithms of 1 + x; None: they are counts.
+
+    Of the usual ones, that by which the sums of the cells differ least from each other: they were equal before the logarithm.
+    """
+    if source.counts.kind != "log-normalised":
+        return None
+    cells = next(iter(source.batches(CELLS_LOOKED_AT, vocab=vocab)))
+
+    def spread(base: float) -> float:
+        sums = np.asarray(_powers(cells, base).counts.sum(axis=1), np.float64).reshape(-1)
+        return float(np.std(sums)) / max(float(np.mean(sums)), 1e-12)
+
+    base = min((np.e, 2.0), key=spread)
+    name = "natural logarithms" if base == np.e else f"logarithms to base {base:g}"
+    msg = f"{source.name} holds no counts: {source.counts.where} is taken for {name} of 1 + x, which are undone; counts are better"
+    warnings.warn(msg, AnnformerWarning, stacklevel=4)
+    return base
+
+
+def in_counts(cells: CellBatch, base: float | None) -> CellBatch:
+    """Undo the logarithm, if there is one."""
+    return cells if base is None else _powers(cells, base)
+
+
+def _powers(cells: CellBatch, base: float) -> CellBatch:
+    counts = cells.counts.copy()
+    counts.data = np.expm1(counts.data.astype(np.float64) * np.log(base))
+    return cells._replace(counts=counts)
+
+
+def expressed_genes(cells: MemoryCells) -> Int[np.ndarray, "gene"]:
+    """Ids of the genes that some cells express, ascending."""
+    batch = cells.whole
+    return np.sort(batch.gene_ids[np.bincount(batch.counts.indices, minlength=len(batch.gene_ids)) >= FEWEST_CELLS])
+
+
+def library_sizes(cells: CellBatch) -> np.ndarray:
+    """Sum of all counts of every cell; 1 where it has none."""
+    size = np.asarray(cells.counts.sum(axis=1), np.float64).reshape(-1)
+    return np.where(size > 0, size, 1.0)
+
+
+def log_expression(cells: CellBatch, genes: Int[np.ndarray, "gene"], depth: float) -> tuple[sp.csr_matrix, Int[np.ndarray, "missing"]]:
+    """log(1 + depth x count / library size) of some genes, in their order, and the places of those that were not measured (0)."""
+    places = np.searchsorted(cells.gene_ids, genes, sorter=(order := np.argsort(cells.gene_ids)))
+    places = order[np.minimum(places, len(order) - 1)]
+    there = cells.gene_ids[places] == genes
+    counts = sp.csc_matrix(cells.counts)[:, places[there]].tocsr()
+    scale = np.repeat(depth / library_sizes(cells), np.diff(counts.indptr))
+    values = np.log1p(counts.data * scale).astype(np.float32)
+    columns = np.flatnonzero(there)
+    expression = sp.csr_matrix((values, columns[counts.indices], counts.indptr), shape=(counts.shape[0], len(genes)))
+    return expression, np.flatnonzero(~there)
+
+
+def require_enough(genes: Int[np.ndarray, "gene"]) -> None:
+    """Refuse a reference that expresses hardly anything that the model knows."""
+    if len(genes) < FEWEST_GENES:
+        found = f"{len(genes)} genes that the model knows and at least {FEWEST_CELLS} cells express"
+        raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
+
+
+def require_same_genes(genes: Int[np.ndarray, "gene"], match: GeneMatch, name: str) -> None:
+    """Cells to annotate should have measured what was learned from."""
+    there = float(np.isin(genes, match.ids).mean())
+    if there < LEAST_SHARE:
+        found = f"{name} has {there:.0%} of the {len(genes):,} genes that the reference expresses"
+        raise input_error(found, "at least half of them", "give all genes that were measured, or fit on a reference of the same genes")
+    if there < GOOD_SHARE:
+        msg = f"{name} has {there:.0%} of the {len(genes):,} genes that the reference expresses; the others count as average"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)

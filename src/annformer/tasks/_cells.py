@@ -1,0 +1,71 @@
+"""Whether cells can be learned from, and what a model reads of them: what the tasks that fine-tune share."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Int
+
+from annformer.baselines.expression import highly_variable
+from annformer.data.anndata import AnnDataSource
+from annformer.data.random_cells import MemoryCells
+from annformer.errors import AnnformerWarning, input_error
+from annformer.scgpt import ScGPT
+from annformer.tokenizer import panel_expression
+from annformer.vocab import GeneVocab
+
+FEWEST_GENES = 50
+CELLS_AT_ONCE = 1024
+
+
+def require_counts(source: AnnDataSource) -> None:
+    if source.counts.kind == "log-normalised":
+        found = f"{source.name} holds no counts: {source.counts.where} holds logarithms"
+        raise input_error(found, "the raw counts of every cell, in X or a layer", "put them into layers['counts'], or name their layer")
+
+
+def chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> tuple[Int[np.ndarray, "panel"], str]:
+    """Ids of the highly variable genes, ascending, and how they were chosen."""
+    batch = cells.whole
+    varying = highly_variable(sp.csr_matrix(batch.counts), codes.astype(str), n)
+    counts = batch.counts[:, np.flatnonzero(varying.genes)]
+    n_varying = int((np.asarray(counts.sum(axis=0)).reshape(-1) > 0).sum())
+    if n_varying < FEWEST_GENES:
+        found = f"{n_varying} variable genes that the model knows"
+        raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
+    return np.sort(batch.gene_ids[varying.genes]), varying.note or "flavour seurat_v3"
+
+
+def expression_over(cells: MemoryCells, panel: Int[np.ndarray, "panel"]) -> sp.csr_array:
+    """Log-normalised expression of a panel of genes, of every cell."""
+    blocks = np.array_split(np.arange(cells.n_obs), -(-cells.n_obs // CELLS_AT_ONCE))  # dense inside: a few cells at a time
+    parts = [sp.csr_array(np.nan_to_num(panel_expression(cells.rows(rows), panel))) for rows in blocks]
+    return sp.csr_array(sp.vstack(parts, format="csr"))
+
+
+def n_matched(source: AnnDataSource, vocab: GeneVocab) -> int:
+    ids = source.match(vocab).ids
+    return len(np.unique(ids[ids >= 0]))
+
+
+def require_panel(source: AnnDataSource, model: ScGPT) -> None:
+    """New cells should have measured what the model was fitted on."""
+    assert model.panel is not None, "an integration chooses genes"
+    there = float(np.isin(model.panel, source.match(model.vocab).ids).mean())
+    if there < 0.5:
+        found = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on"
+        raise input_error(found, "at least half of them", "give cells with the same genes as those of fit")
+    if there < 0.9:
+        msg = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on; the others count as average"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+
+
+def digest(cells: MemoryCells, codes: Int[np.ndarray, "cell"]) -> str:
+    counts = cells.whole.counts
+    digest = hashlib.sha256(np.ascontiguousarray(codes).tobytes())
+    for part in (cells.whole.gene_ids, counts.indptr, counts.indices, counts.data):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""The parts of a fitted classifier beside the network: what reads expression, what weighs the parts, what tells known from new."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from annformer.data.anndata import AnnDataSource
+from annformer.errors import input_error
+from annformer.evaluate.classification import classification_scores
+from annformer.tasks._annotation_cells import (
+    Reference,
+    base_of_logarithm,
+    expressed_genes,
+    in_counts,
+    library_sizes,
+    log_expression,
+)
+from annformer.tasks._linear_part import Linear, fit_linear
+from annformer.tasks._novelty import Novelty, Space, fit_novelty
+from annformer.tasks._stack import Stack, fit_stack
+from annformer.tokens import CellBatch
+from annformer.vocab import GeneVocab
+
+log = logging.getLogger(__name__)
+
+CELLS_AT_ONCE = 1024
+NETWORK = "network"
+"""Name of the part that the network is."""
+
+
+class Answer(NamedTuple):
+    """What is said of some cells."""
+
+    log_probabilities: Float[np.ndarray, "cell type"]
+    codes: Int[np.ndarray, "cell"]
+    novelty: Float[np.ndarray, "cell"]
+    empty: Bool[np.ndarray, "cell"]
+    """Cells without any expressed gene that the model knows: nothing is known of them."""
+    parts: dict[str, Int[np.ndarray, "cell"]]
+    """What each part alone would call them: `expression`, `network`."""
+
+
+class NetworkPart(NamedTuple):
+    """What the network says of the reference."""
+
+    logits: Float[np.ndarray, "held_back type"]
+    """Of the cells that it, or what reads its embedding, did not learn from."""
+    rows: Int[np.ndarray, "held_back"]
+    head: Linear | None
+    """From the frozen embedding to logits; None where the network has a head of its own."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """From expression, and what the network says, to an answer."""
+
+    genes: Int[np.ndarray, "gene"]
+    """Ids of the genes that the linear parts read."""
+    depths: tuple[float, ...]
+    """Counts to which cells are scaled before the logarithm, one for each linear part; the last is that of the novelty."""
+    linears: tuple[Linear, ...]
+    head: Linear | None
+    stack: Stack
+    novelty: Novelty
+    held_back: dict[str, float]
+    """Scores on the cells that no part had learned from; their weights, few numbers, did."""
+
+    @classmethod
+    def fit(
+        cls, reference: Reference, network: NetworkPart | None, *, depths: Sequence[float], strengths: Sequence[float], balance: float
+    ) -> Self:
+        """Fit the linear parts on the folds of the reference, then weigh all parts by the cells that none of them had learned from."""
+        cells, codes, n_types = reference.cells.whole, reference.codes, len(reference.types)
+        median = float(np.median(library_sizes(cells)))
+        genes = expressed_genes(reference.cells)
+        held_back = np.arange(len(codes)) if network is None else network.rows
+        linears, parts = [], []
+        for depth in depths:
+            expression, _ = log_expression(cells, genes, depth * median)
+            fitted = fit_linear(expression, codes, n_types, reference.folds, strengths=strengths, balance=balance)
+            log.debug("log expression at %g counts: strength %g", depth * median, fitted.strength)
+            linears.append(fitted.linear)
+            parts.append(fitted.out_of_fold[held_back])
+        if network is not None:
+            parts.append(network.logits)
+        stack = fit_stack(parts, codes[held_back], np.bincount(codes, minlength=n_types))
+        doubt = -np.exp(stack.log_probabilities(parts).max(axis=1))
+        middle, _ = log_expression(cells, genes, median)
+        novelty = fit_novelty(middle, codes, n_types, reference.folds, held_back, doubt)
+        head = None if network is None else network.head
+        scores = _scores(codes[held_back], stack.called(stack.log_probabilities(parts)), int(np.bincount(codes).argmax()))
+        return cls(genes, (*(depth * median for depth in depths), median), tuple(linears), head, stack, novelty, scores)
+
+    def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
+        """Logits of the linear parts, and distance to the nearest type, of all cells of a source; NaN where no gene is expressed."""
+        base = base_of_logarithm(source, vocab)
+        blocks = [self._read(in_counts(cells, base)) for cells in source.batches(CELLS_AT_ONCE, vocab=vocab)]
+        return [np.concatenate(part) for part in zip(*(logits for logits, _ in blocks), strict=True)], np.concatenate(
+            [far for _, far in blocks]
+        )
+
+    def _read(self, cells: CellBatch) -> tuple[list[np.ndarray], np.ndarray]:
+        logits = []
+        for depth, linear in zip(self.depths, self.linears, strict=False):
+            expression, missing = log_expression(cells, self.genes, depth)
+            logits.append(linear.logits(expression) + linear.mean[missing] @ linear.weight[missing])
+        middle, _ = log_expression(cells, self.genes, self.depths[-1])
+        far = self.novelty.space.distance(middle)
+        far[np.diff(cells.counts.indptr) == 0] = np.nan
+        return logits, far
+
+    def answer(
+        self,
+        linear: Sequence[Float[np.ndarray, "cell type"]],
+        network: Float[np.ndarray, "cell type"] | None,
+        far: Float[np.ndarray, "cell"],
+    ) -> Answer:
+        """Weigh what the parts say; a cell without any expressed gene is as novel as can be."""
+        parts = [*linear, *([] if network is None else [np.nan_to_num(network)])]
+        logs = self.stack.log_probabilities(parts)
+        empty = ~np.isfinite(far)
+        novelty = self.novelty.of(np.nan_to_num(far), -np.exp(logs.max(axis=1)))
+        novelty[empty] = 1.0
+        n, weights = len(linear), self.stack.weights
+        alone = {}
+        if n:
+            alone["expression"] = self.stack.called(Stack(weights[:n] + 1e-9, *self.stack[1:]).log_probabilities(linear))
+        if network is not None:
+            alone[NETWORK] = self.stack.called(Stack(np.ones(1), *self.stack[1:]).log_probabilities(parts[n:]))
+        return Answer(logs, self.stack.called(logs), novelty, empty, alone)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers, to be saved."""
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self._arrays()}
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield "genes", self.genes
+        yield "depths", np.array(self.depths)
+        named = {f"linear.{number}": linear for number, linear in enumerate(self.linears)}
+        if self.head is not None:
+            named["head"] = self.head
+        named |= {"stack": self.stack, "space": self.novelty.space, "novelty": self.novelty}  # type: ignore[dict-item]
+        for prefix, values in named.items():
+            for name, array in values._asdict().items():
+                if isinstance(array, np.ndarray):
+                    yield f"{prefix}.{name}", array
+
+    @classmethod
+    def load(cls, path: Path, held_back: dict[str, float]) -> Self:
+        """Read what was saved of `tensors`.
+
+        Raises
+        ------
+        InputError
+            When the file is missing or not complete.
+        """
+        try:
+            arrays = load_file(path)
+            n = sum(name.startswith("linear.") and name.endswith(".weight") for name in arrays)
+            linears = tuple(Linear(**_of(arrays, f"linear.{number}.")) for number in range(n))
+            head = Linear(**_of(arrays, "head.")) if "head.weight" in arrays else None
+            novelty = Novelty(space=Space(**_of(arrays, "space.")), **_of(arrays, "novelty."))
+            stack = Stack(**_of(arrays, "stack."))
+            return cls(arrays["genes"], tuple(map(float, arrays["depths"])), linears, head, stack, novelty, held_back)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            found = f"{path} cannot be read: {error}"
+            raise input_error(found, "the file as CellTypeClassifier.save wrote it", "copy the folder again, or fit again") from None
+
+
+def _scores(truth: Int[np.ndarray, "cell"], called: Int[np.ndarray, "cell"], most_frequent: int) -> dict[str, float]:
+    own, floor = (classification_scores(truth, said) for said in (called, np.full(len(truth), most_frequent)))
+    kept = ("accuracy", "macro_f1")
+    return {name: own[name] for name in kept} | {f"majority_{name}": floor[name] for name in kept}
+
+
+def _of(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,105 @@
+"""How unlike the reference a cell is: a number between 0 and 1 whose meaning is that of a percentile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Float, Int
+from scipy.sparse.linalg import svds
+
+N_COMPONENTS = 50
+SHRINKAGE = 1e-3
+MOST_SCORES = 10_000
+
+
+class Space(NamedTuple):
+    """Principal components of expression, and where in them the types lie."""
+
+    components: Float[np.ndarray, "gene component"]
+    """Whitened within the types."""
+    centres: Float[np.ndarray, "type component"]
+
+    def distance(self, features: sp.csr_matrix) -> Float[np.ndarray, "cell"]:
+        """Mahalanobis distance to the nearest type (Lee et al. 2018)."""
+        at = np.asarray(features @ self.components, np.float64)
+        squares = np.square(at).sum(1)[:, None] + np.square(self.centres).sum(1) - 2 * at @ self.centres.T
+        return np.sqrt(np.maximum(squares.min(axis=1), 0))
+
+
+class Novelty(NamedTuple):
+    """Two ways to be unlike the reference, far from every type or between types, and how known cells held back are by both."""
+
+    space: Space
+    distances: Float[np.ndarray, "held_back"]
+    doubts: Float[np.ndarray, "held_back"]
+    sums: Float[np.ndarray, "held_back"]
+    """All three ascending."""
+
+    def of(self, distance: Float[np.ndarray, "cell"], doubt: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
+        """Share of the held-back cells, all of known types, that are less novel."""
+        return _rank(self.sums, _rank(self.distances, distance) + _rank(self.doubts, doubt))
+
+
+def fit_space(features: sp.csr_matrix, codes: Int[np.ndarray, "cell"], n_types: int) -> Space:
+    """Find components of all cells, and centres and spread of the types in them."""
+    n_components = min(N_COMPONENTS, min(features.shape) - 1)
+    mean = np.asarray(features.mean(axis=0)).reshape(-1)
+    start = np.random.default_rng(0).normal(size=min(features.shape))
+    centred = sp.linalg.LinearOperator(
+        features.shape,
+        matvec=lambda v: features @ v - mean @ v,
+        rmatvec=lambda v: features.T @ v - mean * v.sum(),
+        matmat=lambda v: features @ v - mean @ v,
+        rmatmat=lambda v: features.T @ v - np.outer(mean, v.sum(axis=0)),
+        dtype=np.float64,
+    )
+    _, _, rows = svds(centred, k=n_components, v0=start)
+    axes = rows.T
+    at = np.asarray(features @ axes)
+    counts = np.bincount(codes, minlength=n_types)
+    there = np.flatnonzero(counts)
+    centres = np.stack([at[codes == code].mean(axis=0) for code in there])
+    rest = at - centres[np.searchsorted(there, codes)]
+    spread = rest.T @ rest / max(len(at) - len(there), 1)
+    spread += (SHRINKAGE * np.var(at, axis=0).mean() + 1e-12) * np.eye(n_components)
+    white = np.linalg.inv(np.linalg.cholesky(spread)).T
+    return Space((axes @ white).astype(np.float32), centres @ white)
+
+
+def fit_novelty(
+    features: sp.csr_matrix,
+    codes: Int[np.ndarray, "cell"],
+    n_types: int,
+    folds: Int[np.ndarray, "cell"],
+    held_back: Int[np.ndarray, "held_back"],
+    doubt: Float[np.ndarray, "held_back"],
+) -> Novelty:
+    """Measure known cells as if they were new: against the types of the other folds.
+
+    Parameters
+    ----------
+    held_back
+        Rows of the cells whose `doubt`, 1 - the highest probability, comes from parts that had not learned from them.
+    """
+    distances = np.full(len(codes), np.nan)
+    for fold in range(int(folds.max()) + 1):
+        rows, others = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        distances[others] = fit_space(features[rows], codes[rows], n_types).distance(features[others])
+    own = distances[held_back]
+    all_distances, all_doubts = np.sort(own), np.sort(doubt)
+    sums = np.sort(_rank(all_distances, own) + _rank(all_doubts, doubt))
+    return Novelty(fit_space(features, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
+
+
+def _rank(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
+    """Share of the known values below; half of those that are equal."""
+    below, upto = np.searchsorted(known, values, "left"), np.searchsorted(known, values, "right")
+    return (below + upto) / (2 * len(known))
+
+
+def _thinned(values: Float[np.ndarray, "value"]) -> Float[np.ndarray, "kept"]:
+    if len(values) <= MOST_SCORES:
+        return values
+    return values[np.linspace(0, len(values) - 1, MOST_SCORES).round().astype(int)]

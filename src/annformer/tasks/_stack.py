@@ -1,0 +1,90 @@
+"""From the logits of several parts to one calibrated answer: probabilities, a type, a set of types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+
+TILTS = np.linspace(0, 1, 9)
+"""How much of the logarithm of its frequency a type may lose before the most probable one is called."""
+MOST_WEIGHT = 3.0
+"""Where held-back cells are told apart without error, nothing else would keep the answer from certainty."""
+MOST_SCORES = 10_000
+"""Scores of held-back cells that are kept: more tell nothing."""
+
+
+class Stack(NamedTuple):
+    """What cells that no part had learned from say about the parts."""
+
+    weights: Float[np.ndarray, "part"]
+    """Factors of the logits of the parts: what each is worth, and the temperature of all."""
+    tilt: Float[np.ndarray, "type"]
+    """Taken off the log-probabilities before the type is called: rare types are called more readily than they are probable."""
+    strangeness: Float[np.ndarray, "held_back"]
+    """1 - probability of the true type of held-back cells, ascending."""
+
+    def log_probabilities(self, parts: Sequence[Float[np.ndarray, "cell type"]]) -> Float[np.ndarray, "cell type"]:
+        """Calibrated."""
+        return log_softmax(sum(weight * logits for weight, logits in zip(self.weights, parts, strict=True)), axis=1)
+
+    def called(self, log_probabilities: Float[np.ndarray, "cell type"]) -> Int[np.ndarray, "cell"]:
+        """Code of the type of every cell."""
+        return np.argmax(log_probabilities - self.tilt, axis=1)
+
+    def sets(self, log_probabilities: Float[np.ndarray, "cell type"], coverage: float) -> Bool[np.ndarray, "cell type"]:
+        """Find the types that cannot be excluded: the true one is among them in a share `coverage` of new cells like the training cells.
+
+        Conformal sets (Sadinle et al. 2019, LAC): all types that are as probable as the true type is in that share of held-back cells.
+        A set may be empty: no type fits as well as that.
+        """
+        n = len(self.strangeness)
+        rank = int(np.ceil((n + 1) * coverage))
+        least = 1 - self.strangeness[rank - 1] if rank <= n else 0.0
+        return np.exp(log_probabilities) >= least
+
+
+def fit_stack(parts: Sequence[Float[np.ndarray, "cell type"]], codes: Int[np.ndarray, "cell"], sizes: Int[np.ndarray, "type"]) -> Stack:
+    """Weigh the parts by what they say of cells that they have not learned from.
+
+    Parameters
+    ----------
+    parts
+        Logits of held-back cells.
+    codes
+        Their types.
+    sizes
+        Training cells of every type.
+    """
+    stacked, rows = np.stack(parts), np.arange(len(codes))
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
+        gap = (np.exp(logs)[None] * stacked).sum(axis=(1, 2)) - stacked[:, rows, codes].sum(axis=1)
+        return -float(logs[rows, codes].mean()), gap / len(codes)
+
+    begin = np.full(len(parts), 1 / len(parts))
+    weights = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=[(0, MOST_WEIGHT)] * len(parts)).x
+    logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
+    frequency = np.log(np.maximum(sizes, 1) / sizes.sum())
+    strangeness = np.sort(1 - np.exp(logs[rows, codes]))
+    if len(strangeness) > MOST_SCORES:
+        strangeness = strangeness[np.linspace(0, len(strangeness) - 1, MOST_SCORES).round().astype(int)]
+    return Stack(weights, _best_tilt(logs, codes, frequency) * frequency, strangeness)
+
+
+def _best_tilt(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"], frequency: Float[np.ndarray, "type"]) -> float:
+    """The tilt with the best macro-F1, which jumps from one to the next: averaged over neighbours."""
+    scores = np.array([_macro_f1(codes, np.argmax(logs - tilt * frequency, axis=1), len(frequency)) for tilt in TILTS])
+    padded = np.pad(scores, 1, mode="edge")
+    return float(TILTS[np.argmax(padded[:-2] + padded[1:-1] + padded[2:])])
+
+
+def _macro_f1(truth: Int[np.ndarray, "cell"], called: Int[np.ndarray, "cell"], n_types: int) -> float:
+    right = np.bincount(truth[truth == called], minlength=n_types)
+    n_true, n_called = np.bincount(truth, minlength=n_types), np.bincount(called, minlength=n_types)
+    return float((2 * right / np.maximum(n_true + n_called, 1))[n_true > 0].mean())

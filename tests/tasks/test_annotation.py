@@ -1,0 +1,300 @@
+"""CellTypeClassifier: what it calls, how sure it is, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+import annformer as af
+from annformer.errors import AnnformerWarning, InputError
+from annformer.model.config import ModelConfig
+from annformer.scgpt import ModelFolderConfig, ScGPT
+from annformer.tasks._annotation_recipe import AnnotationRecipe
+from annformer.tasks.annotation import UNASSIGNED, CellTypeClassifier
+
+TUNED = {
+    "n_genes": 100,
+    "max_length": 60,
+    "train": {
+        "epochs": 12,
+        "tokens_per_step": 2000,
+        "tokens_per_forward": 4000,
+        "max_length": 40,
+        "validations": 3,
+        "patience": 3,
+        "learning_rate": 2e-3,
+    },
+}
+TYPES = ("alpha", "beta", "gamma")
+
+
+def typed(genes, n, seed, types=TYPES, depth=200):
+    """Cells of types that express some of their genes more; `depth` counts each, which makes many cells hard to tell."""
+    rng = np.random.default_rng(seed)
+    profiles = np.random.default_rng(7).gamma(0.3, size=len(genes))
+    kinds = rng.choice(len(types), n, p=np.array([0.6, 0.3, 0.1, 0.3][: len(types)]) / sum([0.6, 0.3, 0.1, 0.3][: len(types)]))
+    rates = np.tile(profiles, (n, 1))
+    for kind, name in enumerate(types):
+        own = np.random.default_rng([11, "alphabetagammadelta".index(name)]).choice(len(genes), 12, replace=False)
+        rates[np.ix_(kinds == kind, own)] += 1.5
+    counts = rng.poisson(rates / rates.sum(1, keepdims=True) * depth)
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical(np.array(types)[kinds]), "batch": rng.choice(["b0", "b1", "b2"], n)},
+        index=[f"c{seed}-{i}" for i in range(n)],
+    )
+    return AnnData(csr_matrix(counts, dtype=np.float32), obs=obs, var=pd.DataFrame(index=list(genes)))
+
+
+@pytest.fixture(scope="module")
+def genes(tiny_vocab):
+    return list(tiny_vocab.genes)[:150]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_vocab):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ModelConfig(vocab_size=len(tiny_vocab), width=32, n_heads=4, n_layers=2, ff_width=32)
+        return ScGPT(ModelFolderConfig(model=network, provenance={"name": "tiny"}), tiny_vocab).eval()
+
+
+@pytest.fixture(scope="module")
+def reference(genes):
+    return typed(genes, 400, 0)
+
+
+@pytest.fixture(scope="module")
+def query(genes):
+    return typed(genes, 600, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(model, reference):
+    return CellTypeClassifier(model, label_key="cell_type", threads=1).fit(reference)
+
+
+@pytest.fixture(scope="module")
+def called(fitted, query):
+    return fitted.predict(query, copy=True).obs
+
+
+def accuracy(called, query, column="predicted_cell_type"):
+    return (called[column].astype(str) == query.obs["cell_type"].astype(str)).mean()
+
+
+def test_types_are_called_far_better_than_by_the_most_frequent_one(called, query):
+    assert accuracy(called, query) > 0.85 > 0.65 > query.obs["cell_type"].value_counts(normalize=True).max()
+
+
+def test_held_back_scores_are_near_those_of_new_cells(fitted, called, query):
+    assert abs(fitted.held_back_["accuracy"] - accuracy(called, query)) < 0.06
+    assert fitted.held_back_["majority_accuracy"] == pytest.approx(max(fitted.n_cells_) / sum(fitted.n_cells_))
+
+
+def test_the_columns_say_what_each_part_would_call(called, query):
+    assert accuracy(called, query, "predicted_cell_type_by_expression") > 0.85
+    assert set(called["predicted_cell_type_by_network"]) <= set(TYPES)
+
+
+def test_probabilities_are_calibrated(fitted, query):
+    table = fitted.predict_proba(query)
+    np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-6)
+    confidence, right = table.max(axis=1), table.idxmax(axis=1) == query.obs["cell_type"].astype(str)
+    assert abs(confidence.mean() - right.mean()) < 0.04
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.95])
+def test_sets_cover_as_asked(fitted, query, coverage):
+    sets = fitted.predict_sets(query, coverage=coverage, allow_empty=True)
+    hit = sets.to_numpy()[np.arange(len(sets)), [list(sets).index(kind) for kind in query.obs["cell_type"]]]
+    assert abs(hit.mean() - coverage) < 3 * np.sqrt(coverage * (1 - coverage) * (1 / 600 + 1 / 400))
+    never_empty = fitted.predict_sets(query, coverage=coverage)
+    assert (never_empty.sum(axis=1) > 0).all() and (never_empty.to_numpy() >= sets.to_numpy()).all()
+
+
+def test_more_coverage_means_larger_sets(fitted, query):
+    sizes = [fitted.predict_sets(query, coverage=share).to_numpy().sum() for share in (0.5, 0.9, 0.999)]
+    assert sizes[0] <= sizes[1] <= sizes[2] and sizes[0] < sizes[2]
+
+
+def test_few_cells_of_known_types_and_most_of_a_new_type_are_unassigned(fitted, genes, called):
+    assert (called["predicted_cell_type"] == UNASSIGNED).mean() < 0.04
+    new = typed(genes, 60, 2, types=("delta",), depth=2000)
+    assert (fitted.novelty(new) > 0.95).mean() > 0.6
+    assert UNASSIGNED not in set(fitted.predict(new, unassigned_above=None, copy=True).obs["predicted_cell_type"])
+
+
+def test_a_cell_without_genes_has_no_type(fitted, query):
+    cells = query[:3].copy()
+    cells.X = csr_matrix(np.vstack([np.zeros((1, cells.n_vars)), cells.X[1:].toarray()]).astype(np.float32))
+    obs = fitted.predict(cells, unassigned_above=None, copy=True).obs
+    assert obs["predicted_cell_type"].iloc[0] == UNASSIGNED and obs["predicted_cell_type_novelty"].iloc[0] == 1
+    assert UNASSIGNED not in set(obs["predicted_cell_type"].iloc[1:])
+
+
+def test_clusters_vote(fitted, query):
+    cells = query.copy()
+    cells.obs["cluster"] = query.obs["cell_type"].astype(str)
+    fitted.predict(cells, cluster_key="cluster")
+    assert accuracy(cells.obs, query, "predicted_cell_type_majority") == 1
+
+
+def test_a_prediction_does_not_depend_on_the_other_cells_or_their_order(fitted, query):
+    whole, part = fitted.predict_proba(query), fitted.predict_proba(query[::-3].copy())
+    np.testing.assert_allclose(whole.loc[part.index], part, atol=1e-5)
+
+
+def test_nothing_but_its_columns_is_written(fitted, query):
+    cells = query.copy()
+    fitted.predict(cells, key_added="kind")
+    ends = ("", "_confidence", "_novelty", "_set", "_by_expression", "_by_network")
+    assert set(cells.obs) - set(query.obs) == {f"kind{end}" for end in ends}
+    assert set(cells.uns["annformer"]) == {"kind"} and not cells.obsm and (cells.X != query.X).nnz == 0
+
+
+def test_saved_and_loaded_it_says_the_same(fitted, query, tmp_path):
+    fitted.save(tmp_path / "model")
+    loaded = CellTypeClassifier.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.predict_proba(query), fitted.predict_proba(query), atol=1e-6)
+    np.testing.assert_allclose(loaded.novelty(query), fitted.novelty(query), atol=1e-6)
+    assert loaded.classes_ == TYPES and loaded.held_back_ == fitted.held_back_
+    assert ScGPT.from_pretrained(tmp_path / "model").name == "tiny, annotating cell_type"
+
+
+def test_a_damaged_file_is_refused(fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    path = tmp_path / "model" / "classifier.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(InputError, match="cannot be read"):
+        CellTypeClassifier.load(tmp_path / "model")
+
+
+def test_a_model_of_another_kind_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "pretrained")
+    with pytest.raises(InputError, match="was made for no task"):
+        CellTypeClassifier.load(tmp_path / "pretrained")
+
+
+def test_an_embedding_at_hand_is_used_and_another_refused(model, fitted, reference, query):
+    cells, others = reference.copy(), query.copy()
+    for adata in (cells, others):
+        af.embed(adata, model, progress=False)
+    again = CellTypeClassifier(model, label_key="cell_type", threads=1).fit(cells, embedding="X_annformer")
+    np.testing.assert_allclose(again.predict_proba(others, embedding="X_annformer"), fitted.predict_proba(query), atol=1e-5)
+    af.embed(others, model, max_length=20, progress=False)
+    with pytest.raises(InputError, match="max_length"):
+        again.predict(others, embedding="X_annformer")
+
+
+def test_cells_without_a_type_take_no_part(model, reference, fitted):
+    cells = reference.copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str)
+    cells.obs.iloc[:100, cells.obs.columns.get_loc("cell_type")] = "unlabelled"
+    assert sum(CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(cells).n_cells_) == 300
+
+
+def test_batches_are_held_back_as_a_whole(model, reference):
+    from annformer.data.anndata import AnnDataSource
+    from annformer.tasks._annotation_cells import read_reference
+
+    found, _ = read_reference(
+        AnnDataSource(reference), model.vocab, label_key="cell_type", batch_key="batch", n_folds=5, seed=0
+    )
+    assert len(set(found.folds)) == 3
+    assert all(len(set(found.folds[(reference.obs["batch"] == name).to_numpy()])) == 1 for name in ("b0", "b1", "b2"))
+
+
+def quick(**more):
+    return AnnotationRecipe.read({**TUNED, **more}, where="test")
+
+
+@pytest.mark.parametrize("tuning", ["full", "low-rank"])
+def test_the_network_is_tuned(model, reference, query, tuning):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning=tuning), threads=1).fit(reference)
+    obs = tuned.predict(query, copy=True).obs
+    assert accuracy(obs, query, "predicted_cell_type_by_network") > 0.7
+    assert tuned.history_["validation/cls"].dropna().iloc[-1] < tuned.history_["validation/cls"].dropna().iloc[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    changed = {name for name, tensor in tuned.model_.state_dict().items() if name in before and not torch.equal(tensor, before[name])}
+    assert "encoder.layers.0.qkv.weight" in changed
+    assert ("encoder.gene.weight" in changed) == (tuning == "full")
+
+
+def test_from_scratch_begins_at_random_weights(model, reference):
+    scratch = CellTypeClassifier(model, label_key="cell_type", pretrained=False, seed=1, threads=1).fit(reference)
+    assert not torch.equal(scratch.model_.encoder.gene.weight, model.encoder.gene.weight)
+
+
+def test_a_type_of_one_cell_is_learned_with_a_warning(model, reference, genes):
+    cells = reference.copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str)
+    cells.obs.iloc[0, cells.obs.columns.get_loc("cell_type")] = "lonely"
+    with pytest.warns(AnnformerWarning, match="'lonely'"):
+        found = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(cells)
+    assert found.classes_ == ("alpha", "beta", "gamma", "lonely")
+    assert np.isfinite(found.predict_proba(cells)).all(axis=None)
+
+
+def test_genes_that_were_not_measured_count_as_average(model, fitted, query):
+    rare = np.argsort(np.asarray(query.X.sum(axis=0)).ravel())[25:55]
+    with pytest.warns(AnnformerWarning, match="count as average"):
+        part = fitted.predict(query[:, np.setdiff1d(np.arange(query.n_vars), rare)].copy(), copy=True).obs
+    assert accuracy(part, query) > 0.8
+    with pytest.raises(InputError, match="at least half"):
+        fitted.predict(query[:, 100:].copy())
+
+
+def without_five(adata):
+    adata.obs = adata.obs.assign(cell_type=[None] * 5 + list(adata.obs["cell_type"])[5:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.obs.__setitem__("cell_type", "alpha"), "one type, 'alpha'"),
+        (without_five, "no value in 5 of"),
+        (lambda a: a.obs.__setitem__("cell_type", a.obs_names), "types that many cells share"),
+        (lambda a: a.obs.drop(columns="cell_type", inplace=True), "cell_type"),
+    ],
+)
+def test_a_reference_that_cannot_be_learned_from_is_refused(model, reference, change, words):
+    cells = reference.copy()
+    change(cells)
+    with pytest.raises(InputError, match=words):
+        CellTypeClassifier(model, label_key="cell_type").fit(cells)
+
+
+@pytest.mark.parametrize(("base", "name"), [(np.e, "natural"), (2.0, "base 2")])
+def test_logarithms_are_undone(model, reference, query, base, name):
+    def logged(adata):
+        other = adata.copy()
+        sums = np.asarray(adata.X.sum(axis=1))
+        other.X = csr_matrix(np.log1p(adata.X.toarray() / sums * 1e4) / np.log(base))
+        return other
+
+    recipe = quick(tuning="none")
+    of_counts = CellTypeClassifier(model, label_key="cell_type", recipe=recipe).fit(reference).predict_proba(query)
+    with pytest.warns(AnnformerWarning, match=name):
+        of_logs = CellTypeClassifier(model, label_key="cell_type", recipe=recipe).fit(logged(reference))
+    with pytest.warns(AnnformerWarning, match=name):
+        found = of_logs.predict_proba(logged(query))
+    assert np.abs(found - of_counts).to_numpy().max() < 0.02
+
+
+def test_numbers_out_of_range_are_refused(fitted, query):
+    with pytest.raises(InputError, match="coverage=1"):
+        fitted.predict(query, coverage=1.0)
+    with pytest.raises(InputError, match="unassigned_above=2"):
+        fitted.predict(query, unassigned_above=2.0)
+    with pytest.raises(InputError, match="not fitted"):
+        CellTypeClassifier(label_key="cell_type").predict(query)
+
+
+@pytest.mark.parametrize("name", AnnotationRecipe.shipped)
+def test_shipped_recipes_are_complete(name):
+    assert AnnotationRecipe.named(name).tuning in ("frozen", "full")

@@ -1,0 +1,91 @@
+"""The stack: weights, temperature, tilt and sets, all by held-back cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from annformer.tasks._novelty import fit_novelty
+from annformer.tasks._stack import fit_stack
+
+
+def planted(n, seed=0, shares=(0.7, 0.25, 0.05)):
+    """Cells of known probabilities, and logits that say them."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, len(shares))) * 2 + np.log(shares)
+    probabilities = softmax(logits, axis=1)
+    codes = (probabilities.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
+    return logits, codes
+
+
+def test_what_is_too_sure_is_tempered():
+    logits, codes = planted(4000)
+    stack = fit_stack([3 * logits], codes, np.bincount(codes))
+    assert stack.weights[0] == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_part_that_guesses_gets_no_weight():
+    logits, codes = planted(4000)
+    guess = np.random.default_rng(5).normal(size=logits.shape)
+    stack = fit_stack([guess, logits], codes, np.bincount(codes))
+    assert stack.weights[0] < 0.1 < 0.9 < stack.weights[1]
+
+
+def test_parts_that_know_different_things_are_both_used():
+    logits, codes = planted(4000)
+    noise = np.random.default_rng(5).normal(size=(2, *logits.shape))
+    parts = [logits + noise[0], logits + noise[1]]
+    stack = fit_stack(parts, codes, np.bincount(codes))
+    assert min(stack.weights) > 0.2
+    right = (stack.log_probabilities(parts).argmax(1) == codes).mean()
+    assert right > max((part.argmax(1) == codes).mean() for part in parts)
+
+
+def test_rare_types_are_called_more_readily_where_that_helps():
+    logits, codes = planted(6000)
+    stack = fit_stack([logits], codes, np.bincount(codes))
+    assert (stack.tilt <= 0).all() and stack.tilt.argmin() == 2 and stack.tilt[2] < -0.2
+    logs = stack.log_probabilities([logits])
+    assert (stack.called(logs) == 2).sum() > (logs.argmax(1) == 2).sum()
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.99])
+def test_sets_cover_new_cells_exactly(coverage):
+    hits = []
+    for seed in range(20):
+        logits, codes = planted(300, seed)
+        stack = fit_stack([logits], codes, np.bincount(codes, minlength=3))
+        new, truth = planted(300, seed + 100)
+        sets = stack.sets(stack.log_probabilities([new]), coverage)
+        hits.append(sets[np.arange(300), truth].mean())
+    assert np.mean(hits) == pytest.approx(coverage, abs=0.015)
+
+
+def test_fewer_cells_than_the_coverage_needs_give_full_sets():
+    logits, codes = planted(20)
+    stack = fit_stack([logits], codes, np.bincount(codes, minlength=3))
+    assert stack.sets(stack.log_probabilities([logits]), 0.99).all()
+
+
+def test_perfect_parts_do_not_make_it_certain_of_everything():
+    _, codes = planted(200)
+    stack = fit_stack([np.eye(3)[codes] * 5], codes, np.bincount(codes, minlength=3))
+    assert stack.weights[0] <= 3
+
+
+def test_novelty_is_a_percentile_of_known_cells_and_high_for_others():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 40)) * 4
+    codes = rng.integers(3, size=600)
+    import scipy.sparse as sp
+
+    def cells(where):
+        return sp.csr_matrix((where + rng.normal(size=where.shape)).astype(np.float32))
+
+    known = cells(centres[codes])
+    found = fit_novelty(known, codes, 3, np.arange(600) % 5, np.arange(600), rng.random(600) - 1)
+    new_known = found.of(found.space.distance(cells(centres[rng.integers(3, size=600)])), rng.random(600) - 1)
+    assert abs((new_known > 0.9).mean() - 0.1) < 0.04
+    new = found.of(found.space.distance(cells(rng.normal(size=(50, 40)) * 4)), rng.random(50) - 1)
+    assert np.median(new) > 0.85
