@@ -21,7 +21,7 @@ import torch
 from anndata import AnnData, read_h5ad
 
 from annformer import checkpoints
-from annformer.cli import COMMANDS, main
+from annformer.cli import COMMANDS, SUBCOMMANDS, main
 from annformer.errors import AnnformerWarning, InputError
 from annformer.scgpt import DEFAULT_MODEL, ScGPT, is_checkpoint_name
 from annformer.tasks.embedding import embed, embed_file
@@ -393,10 +393,11 @@ def test_the_shipped_model_is_the_default_everywhere(ships: Path, tiny_adata: Ca
 def test_commands_name_the_same_default() -> None:
     defaults = {}
     for name in COMMANDS:
-        if name != "version":
-            parameters = inspect.signature(import_module(f"annformer.cli.{name}").command).parameters
-            defaults |= {name: parameters["model"].default} if "model" in parameters else {}
-    assert set(defaults) >= {"demo", "embed", "inspect"}
+        for inner in SUBCOMMANDS.get(name, ["command"] if name != "version" else []):
+            parameters = inspect.signature(getattr(import_module(f"annformer.cli.{name}"), inner)).parameters
+            if "model" in parameters and parameters["model"].default is not inspect.Parameter.empty:
+                defaults[f"{name} {inner}"] = parameters["model"].default
+    assert set(defaults) >= {"demo command", "embed command", "inspect command", "annotate fit", "map fit"}
     assert set(defaults.values()) == {DEFAULT_MODEL}
 
 

@@ -311,6 +311,9 @@ def write_folder(folder: Path, known: Sequence[str], fill: Callable[[Path], None
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         fill(fresh)
         fresh.chmod(0o755)
+        for path in fresh.iterdir():
+            if path.is_file():
+                path.chmod(0o644)  # safetensors makes files that nobody else may read
         for path in (*fresh.iterdir(), fresh):
             to_disk(path)
         _swap(fresh, folder)

@@ -42,6 +42,17 @@ def test_parts_that_know_different_things_are_both_used():
     assert right > max((part.argmax(1) == codes).mean() for part in parts)
 
 
+def test_what_parts_are_worth_is_told_by_cells_that_differ_and_how_sure_to_be_by_cells_alike():
+    logits, codes = planted(4000)
+    noise = np.random.default_rng(5).normal(size=(2, *logits.shape))
+    fragile = [logits + noise[0], 3 * logits]  # knows all of cells alike, and nothing of others
+    abroad = [logits + noise[0], np.random.default_rng(6).normal(size=logits.shape)]
+    assert fit_stack(fragile, codes, np.bincount(codes)).weights[1] > 0.2
+    robust = fit_stack(fragile, codes, np.bincount(codes), abroad=abroad)
+    alone = fit_stack(fragile[:1], codes, np.bincount(codes))
+    assert robust.weights[1] < 0.05 and robust.weights[0] == pytest.approx(alone.weights[0], rel=0.1)
+
+
 def test_rare_types_are_called_more_readily_where_that_helps():
     logits, codes = planted(6000)
     stack = fit_stack([logits], codes, np.bincount(codes))

@@ -44,6 +44,8 @@ class Reference(NamedTuple):
     """Number of the fold in which each cell is held back."""
     rows: Int[np.ndarray, "cell"]
     """Where the cells stand in their source."""
+    strata: Int[np.ndarray, "cell"] | None
+    """Cells of like depth have the same number: a difference that is at hand where no batches are; None where there are batches."""
 
 
 def read_reference(
@@ -81,7 +83,14 @@ def read_reference(
     fold = np.empty(len(rows), np.int64)
     for number, part in enumerate(folds(types[codes], groups, n_folds=n_folds, seed=seed)):
         fold[part.test] = number
-    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows), len(labels) - len(rows)
+    strata = None if groups is not None else _by_depth(cells.whole, n_folds)
+    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata), len(labels) - len(rows)
+
+
+def _by_depth(cells: CellBatch, n: int) -> Int[np.ndarray, "cell"]:
+    """Part cells by their expressed genes: `n` parts of equal size."""
+    rank = np.argsort(np.argsort(np.diff(cells.counts.indptr), kind="stable"), kind="stable")
+    return rank * n // len(rank)
 
 
 def base_of_logarithm(source: AnnDataSource, vocab: GeneVocab) -> float | None:

@@ -57,6 +57,8 @@ class NetworkPart(NamedTuple):
     logits: Float[np.ndarray, "held_back type"]
     """Of the cells that it, or what reads its embedding, did not learn from."""
     rows: Int[np.ndarray, "held_back"]
+    abroad: Float[np.ndarray, "cell type"] | None
+    """Likewise, of all cells, by a head that learned from the other strata; None where there are none, or the network is tuned."""
     head: Linear | None
     """From the frozen embedding to logits; None where the network has a head of its own."""
 
@@ -80,21 +82,31 @@ class Classifier:
     def fit(
         cls, reference: Reference, network: NetworkPart | None, *, depths: Sequence[float], strengths: Sequence[float], balance: float
     ) -> Self:
-        """Fit the linear parts on the folds of the reference, then weigh all parts by the cells that none of them had learned from."""
+        """Fit the linear parts on the folds of the reference, then weigh all parts by the cells that none of them had learned from.
+
+        Where no batches are known, what the parts are worth beside each other is told by cells of another depth than those learned from:
+        among cells alike the network may seem worth much that other cells, which is what a query is, do not bear out.
+        """
         cells, codes, n_types = reference.cells.whole, reference.codes, len(reference.types)
         median = float(np.median(library_sizes(cells)))
         genes = expressed_genes(reference.cells)
         held_back = np.arange(len(codes)) if network is None else network.rows
-        linears, parts = [], []
+        strata = reference.strata if network is not None and network.abroad is not None else None
+        linears, parts, abroad = [], [], []
         for depth in depths:
             expression, _ = log_expression(cells, genes, depth * median)
-            fitted = fit_linear(expression, codes, n_types, reference.folds, strengths=strengths, balance=balance)
+            fitted = fit_linear(expression, codes, n_types, reference.folds, strengths=strengths, balance=balance, strata=strata)
             log.debug("log expression at %g counts: strength %g", depth * median, fitted.strength)
             linears.append(fitted.linear)
             parts.append(fitted.out_of_fold[held_back])
+            if fitted.out_of_stratum is not None:
+                abroad.append(fitted.out_of_stratum)
         if network is not None:
             parts.append(network.logits)
-        stack = fit_stack(parts, codes[held_back], np.bincount(codes, minlength=n_types))
+            if network.abroad is not None:
+                abroad.append(network.abroad)
+        sizes = np.bincount(codes, minlength=n_types)
+        stack = fit_stack(parts, codes[held_back], sizes, abroad=abroad or None)
         doubt = -np.exp(stack.log_probabilities(parts).max(axis=1))
         middle, _ = log_expression(cells, genes, median)
         novelty = fit_novelty(middle, codes, n_types, reference.folds, held_back, doubt)

@@ -48,6 +48,8 @@ class Fitted(NamedTuple):
     out_of_fold: Float[np.ndarray, "cell type"]
     """Logits of every training cell, by a map fitted on the other folds."""
     strength: float
+    out_of_stratum: Float[np.ndarray, "cell type"] | None
+    """Likewise, by a map fitted on the cells of the other strata."""
 
 
 def fit_linear(
@@ -58,6 +60,7 @@ def fit_linear(
     *,
     strengths: Sequence[float],
     balance: float,
+    strata: Int[np.ndarray, "cell"] | None = None,
 ) -> Fitted:
     """Fit multinomial logistic regression with a quadratic penalty, whose strength is the one that says most of cells held back.
 
@@ -69,16 +72,22 @@ def fit_linear(
         Inverse penalties to choose from, ascending.
     balance
         A cell of a type of n cells weighs n to the power of -balance.
+    strata
+        Another way to part the cells, to be held back by with the strength that was chosen.
     """
     x = _Features(features)
-    n_folds = int(folds.max()) + 1
-    held_back = np.zeros((len(strengths), len(codes), n_types))
-    for fold in range(n_folds):
-        rows, others = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        plane = x.plane(rows)
-        there = plane.apply(others)
-        for n, theta in enumerate(_path(plane.z, codes[rows], n_types, strengths, balance)):
-            held_back[n, others] = there @ theta[:-1] + theta[-1]
+
+    def cross_fitted(parts: Int[np.ndarray, "cell"], strengths: Sequence[float]) -> Float[np.ndarray, "strength cell type"]:
+        logits = np.zeros((len(strengths), len(codes), n_types))
+        for part in range(int(parts.max()) + 1):
+            rows, others = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
+            plane = x.plane(rows)
+            there = plane.apply(others)
+            for n, theta in enumerate(_path(plane.z, codes[rows], n_types, strengths, balance)):
+                logits[n, others] = there @ theta[:-1] + theta[-1]
+        return logits
+
+    held_back = cross_fitted(folds, strengths)
     said = [log_softmax(logits, axis=1)[np.arange(len(codes)), codes].mean() for logits in held_back]
     best = int(np.argmax(said))
     plane = x.plane(np.arange(len(codes)))
@@ -86,7 +95,8 @@ def fit_linear(
     weight = plane.weight(theta[:-1])
     mean = np.asarray(features.mean(axis=0), np.float64).reshape(-1)
     linear = Linear(weight.astype(np.float32), theta[-1] - plane.centre @ weight, mean.astype(np.float32))
-    return Fitted(linear, held_back[best], float(strengths[best]))
+    apart = None if strata is None else cross_fitted(strata, strengths[: best + 1])[best]
+    return Fitted(linear, held_back[best], float(strengths[best]), apart)
 
 
 class _Features:

@@ -21,7 +21,7 @@ from annformer.data.tables import as_text, require_column
 from annformer.errors import AnnformerWarning, input_error
 from annformer.evaluate.integration import UNLABELLED
 from annformer.genes import GeneMatch
-from annformer.tasks._chosen import Chosen
+from annformer.tasks._given import Chosen
 from annformer.tasks._votes import UNASSIGNED
 from annformer.tokenizer import TokenizerSettings
 from annformer.vocab import GeneVocab

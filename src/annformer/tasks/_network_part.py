@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.source import CellSource
@@ -20,12 +21,13 @@ from annformer.objectives.cls import CLS
 from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._annotation_cells import TYPE, Reference
 from annformer.tasks._annotation_recipe import AnnotationRecipe
-from annformer.tasks._cells import chosen_genes, expression_over
-from annformer.tasks._chosen import Chosen
+from annformer.tasks._cells import chosen_genes, digest, expression_over
 from annformer.tasks._classifier import NetworkPart
 from annformer.tasks._encoding import embeddings
 from annformer.tasks._finetune import grown, trained
-from annformer.tasks._linear_part import fit_linear
+from annformer.tasks._given import Cells, Chosen
+from annformer.tasks._linear_part import Linear, fit_linear
+from annformer.tasks._mapping_cells import given_embedding
 from annformer.tokenizer import TokenizerSettings
 from annformer.train.datamodule import CellDataModule
 
@@ -34,15 +36,42 @@ log = logging.getLogger(__name__)
 HEAD = "cls"
 
 
-def embedded(model: ScGPT, source: CellSource, *, progress: bool | None) -> Float[np.ndarray, "cell width"]:
-    """Cell embeddings of length 1, as `embed` writes them; NaN where no gene is expressed."""
-    return np.concatenate(list(embeddings(model, source, model.tokenizer, progress=progress)))
+class Made(NamedTuple):
+    """By what an embedding is made, so that one that is at hand can be told from another."""
+
+    model: str
+    fingerprint: str
+    tokenizer: TokenizerSettings
+
+
+def untouched(base: ScGPT, *, pretrained: bool, seed: int, device: str | None) -> ScGPT:
+    """The network as it is, or one like it with random weights, as a model of its own."""
+    if not pretrained:
+        return grown(base, base.config, base.vocab, pretrained=False, seed=seed).to(device or "cpu").eval()
+    return copy.deepcopy(base).to(device or "cpu").eval()
+
+
+def embedded(cells: Cells, rows: Int[np.ndarray, "cell"] | None = None) -> Float[np.ndarray, "cell width"]:
+    """Embeddings of length 1, as `embed` writes them, of all cells, or of those in `rows`; NaN where no gene is expressed."""
+    if cells.embedding is not None:
+        given = given_embedding(cells.data, cells.embedding, Made(cells.model.name, cells.model.fingerprint, cells.model.tokenizer))
+        return given if rows is None else given[rows]
+    source = cells.source if rows is None else Chosen(cells.source, rows)
+    return np.concatenate(list(embeddings(cells.model, source, cells.model.tokenizer, progress=cells.progress)))
 
 
 def frozen_part(reference: Reference, states: Float[np.ndarray, "cell width"], strengths: Sequence[float], balance: float) -> NetworkPart:
     """Fit a linear map from the embedding of the network as it is."""
-    fitted = fit_linear(np.nan_to_num(states), reference.codes, len(reference.types), reference.folds, strengths=strengths, balance=balance)
-    return NetworkPart(fitted.out_of_fold, np.arange(len(states)), fitted.linear)
+    fitted = fit_linear(
+        np.nan_to_num(states),
+        reference.codes,
+        len(reference.types),
+        reference.folds,
+        strengths=strengths,
+        balance=balance,
+        strata=reference.strata,
+    )
+    return NetworkPart(fitted.out_of_fold, np.arange(len(states)), fitted.out_of_stratum, fitted.linear)
 
 
 def begun(base: ScGPT, reference: Reference, recipe: AnnotationRecipe, *, pretrained: bool, seed: int) -> ScGPT:
@@ -81,12 +110,20 @@ def tuned_part(
     recipe: AnnotationRecipe,
     *,
     seed: int,
-    folder: Path | None,
+    folder: str | Path | None,
     job: Mapping[str, Any],
     device: str | None,
     threads: int | None,
 ) -> tuple[NetworkPart, pd.DataFrame]:
-    """Fine-tune in place on all folds but the first, which says when to stop and what the network is worth."""
+    """Fine-tune in place on all folds but the first, which says when to stop and what the network is worth.
+
+    Parameters
+    ----------
+    folder
+        Keeps the checkpoints.
+    job
+        What must be the same, beside the cells, for a run to go on.
+    """
     held_back = np.flatnonzero(reference.folds == 0)
     data = CellDataModule(
         reference.cells,
@@ -102,12 +139,18 @@ def tuned_part(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             add_low_rank(model.encoder, recipe.rank)
-    history = trained(model, data, folder=folder, job=job, device=device, threads=threads)
+    history = trained(
+        model, data, folder=None if folder is None else Path(folder), job=_job(job, reference), device=device, threads=threads
+    )
     if recipe.tuning == "low-rank":
         merge_low_rank(model.encoder)
     model.eval()
     logits = head_logits(model, states_of(model, Chosen(source, reference.rows[held_back])))
-    return NetworkPart(logits, held_back, None), history
+    return NetworkPart(logits, held_back, None, None), history
+
+
+def _job(job: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
+    return {**job, "cells": digest(reference.cells, reference.codes)}
 
 
 def states_of(model: ScGPT, source: CellSource) -> Float[np.ndarray, "cell width"]:
@@ -124,14 +167,8 @@ def head_logits(model: ScGPT, states: Float[np.ndarray, "cell width"]) -> Float[
         return head.of_cells(torch.from_numpy(states).to(weight)).double().cpu().numpy()
 
 
-class Made(NamedTuple):
-    """By what the embedding of a frozen network is made, so that one that is at hand can be told from another."""
-
-    model: str
-    fingerprint: str
-    tokenizer: TokenizerSettings
-
-    @classmethod
-    def by(cls, model: ScGPT) -> Self:
-        """Describe what `embedded` makes."""
-        return cls(model.name, model.fingerprint, model.tokenizer)
+def network_says(cells: Cells, head: Linear | None) -> Float[np.ndarray, "cell type"]:
+    """Logits of the network's part: by its own head, or by one on its embedding."""
+    if head is None:
+        return head_logits(cells.model, states_of(cells.model, cells.source))
+    return head.logits(np.nan_to_num(embedded(cells)))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
-from scipy.sparse.linalg import svds
 
 N_COMPONENTS = 50
 SHRINKAGE = 1e-3
@@ -42,28 +41,25 @@ class Novelty(NamedTuple):
         return _rank(self.sums, _rank(self.distances, distance) + _rank(self.doubts, doubt))
 
 
-def fit_space(features: sp.csr_matrix, codes: Int[np.ndarray, "cell"], n_types: int) -> Space:
-    """Find components of all cells, and centres and spread of the types in them."""
+def _axes(features: sp.csr_matrix) -> Float[np.ndarray, "gene component"]:
+    """Principal axes of the cells."""
+    from sklearn.decomposition import PCA
+
     n_components = min(N_COMPONENTS, min(features.shape) - 1)
-    mean = np.asarray(features.mean(axis=0)).reshape(-1)
-    start = np.random.default_rng(0).normal(size=min(features.shape))
-    centred = sp.linalg.LinearOperator(
-        features.shape,
-        matvec=lambda v: features @ v - mean @ v,
-        rmatvec=lambda v: features.T @ v - mean * v.sum(),
-        matmat=lambda v: features @ v - mean @ v,
-        rmatmat=lambda v: features.T @ v - np.outer(mean, v.sum(axis=0)),
-        dtype=np.float64,
-    )
-    _, _, rows = svds(centred, k=n_components, v0=start)
-    axes = rows.T
-    at = np.asarray(features @ axes)
+    found = PCA(n_components, svd_solver="arpack", tol=1e-2, random_state=0).fit(features)
+    return np.asarray(found.components_, np.float64).T
+
+
+def _types_in(
+    axes: Float[np.ndarray, "gene component"], at: Float[np.ndarray, "cell component"], codes: Int[np.ndarray, "cell"], n_types: int
+) -> Space:
+    """Find centres and common spread of the types that are there."""
     counts = np.bincount(codes, minlength=n_types)
     there = np.flatnonzero(counts)
     centres = np.stack([at[codes == code].mean(axis=0) for code in there])
     rest = at - centres[np.searchsorted(there, codes)]
     spread = rest.T @ rest / max(len(at) - len(there), 1)
-    spread += (SHRINKAGE * np.var(at, axis=0).mean() + 1e-12) * np.eye(n_components)
+    spread += (SHRINKAGE * np.var(at, axis=0).mean() + 1e-12) * np.eye(at.shape[1])
     white = np.linalg.inv(np.linalg.cholesky(spread)).T
     return Space((axes @ white).astype(np.float32), centres @ white)
 
@@ -83,14 +79,16 @@ def fit_novelty(
     held_back
         Rows of the cells whose `doubt`, 1 - the highest probability, comes from parts that had not learned from them.
     """
+    axes = _axes(features)  # of all cells: they know no types
+    at = np.asarray(features @ axes)
     distances = np.full(len(codes), np.nan)
     for fold in range(int(folds.max()) + 1):
         rows, others = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        distances[others] = fit_space(features[rows], codes[rows], n_types).distance(features[others])
+        distances[others] = _types_in(axes, at[rows], codes[rows], n_types).distance(features[others])
     own = distances[held_back]
     all_distances, all_doubts = np.sort(own), np.sort(doubt)
     sums = np.sort(_rank(all_distances, own) + _rank(all_doubts, doubt))
-    return Novelty(fit_space(features, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
+    return Novelty(_types_in(axes, at, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
 
 
 def _rank(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:

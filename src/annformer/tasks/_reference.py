@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from anndata import AnnData
 from jaxtyping import Float32, Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.durations import in_words
 from annformer.errors import AnnformerWarning, input_error
-from annformer.scgpt import ScGPT
-from annformer.tasks._chosen import Chosen
 from annformer.tasks._encoding import embeddings, matched, progress_bar
+from annformer.tasks._given import Cells, Chosen
 from annformer.tasks._index import ReferenceIndex, Study
 from annformer.tasks._mapping_cells import expressed, given_embedding, labelled, require_genes
 from annformer.tasks._search import Nearest, seconds_to_compare
@@ -26,18 +24,6 @@ log = logging.getLogger(__name__)
 
 ESTIMATED_ABOVE = 200_000_000
 """Pairs of cells from which on a few are compared first, to say how long all will take."""
-
-
-class Cells(NamedTuple):
-    """Where cells come from, and how they are embedded."""
-
-    data: AnnData | str | Path
-    source: AnnDataSource
-    """That reads `data`."""
-    model: ScGPT
-    embedding: str | None
-    """Name in obsm of an embedding to use; None: embed."""
-    progress: bool | None
 
 
 class Found(NamedTuple):

@@ -48,7 +48,13 @@ class Stack(NamedTuple):
         return np.exp(log_probabilities) >= least
 
 
-def fit_stack(parts: Sequence[Float[np.ndarray, "cell type"]], codes: Int[np.ndarray, "cell"], sizes: Int[np.ndarray, "type"]) -> Stack:
+def fit_stack(
+    parts: Sequence[Float[np.ndarray, "cell type"]],
+    codes: Int[np.ndarray, "cell"],
+    sizes: Int[np.ndarray, "type"],
+    *,
+    abroad: Sequence[Float[np.ndarray, "cell type"]] | None = None,
+) -> Stack:
     """Weigh the parts by what they say of cells that they have not learned from.
 
     Parameters
@@ -59,22 +65,35 @@ def fit_stack(parts: Sequence[Float[np.ndarray, "cell type"]], codes: Int[np.nda
         Their types.
     sizes
         Training cells of every type.
+    abroad
+        Logits of the same cells by parts that learned from cells that differ from them. They say what each part is worth beside the others;
+        `parts` then only how sure all of them may be.
     """
-    stacked, rows = np.stack(parts), np.arange(len(codes))
+    weights = _weights(np.stack(parts if abroad is None else abroad), codes)
+    if abroad is not None:
+        joined = sum(weight * logits for weight, logits in zip(weights, parts, strict=True))
+        weights = weights * _weights(np.stack([joined]), codes)
+    logs = Stack(weights, np.zeros(len(sizes)), np.zeros(0)).log_probabilities(parts)
+    rows = np.arange(len(codes))
+    frequency = np.log(np.maximum(sizes, 1) / sizes.sum())
+    strangeness = np.sort(1 - np.exp(logs[rows, codes]))
+    if len(strangeness) > MOST_SCORES:
+        strangeness = strangeness[np.linspace(0, len(strangeness) - 1, MOST_SCORES).round().astype(int)]
+    return Stack(weights, _best_tilt(logs, codes, frequency) * frequency, strangeness)
+
+
+def _weights(stacked: Float[np.ndarray, "part cell type"], codes: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "part"]:
+    """Non-negative factors under which the true types are most probable."""
+    rows = np.arange(len(codes))
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
         gap = (np.exp(logs)[None] * stacked).sum(axis=(1, 2)) - stacked[:, rows, codes].sum(axis=1)
         return -float(logs[rows, codes].mean()), gap / len(codes)
 
-    begin = np.full(len(parts), 1 / len(parts))
-    weights = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=[(0, MOST_WEIGHT)] * len(parts)).x
-    logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
-    frequency = np.log(np.maximum(sizes, 1) / sizes.sum())
-    strangeness = np.sort(1 - np.exp(logs[rows, codes]))
-    if len(strangeness) > MOST_SCORES:
-        strangeness = strangeness[np.linspace(0, len(strangeness) - 1, MOST_SCORES).round().astype(int)]
-    return Stack(weights, _best_tilt(logs, codes, frequency) * frequency, strangeness)
+    n = len(stacked)
+    found = minimize(loss, np.full(n, 1 / n), jac=True, method="L-BFGS-B", bounds=[(0, MOST_WEIGHT)] * n)
+    return np.asarray(found.x)
 
 
 def _best_tilt(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"], frequency: Float[np.ndarray, "type"]) -> float:

@@ -48,9 +48,10 @@ def predictions(index: ReferenceIndex, found: Nearest, there: Int[np.ndarray, "q
         codes[novelty > limit] = len(index.classes)
     whole = np.full(n_cells, len(index.classes))
     whole[there] = codes
-    label = pd.Categorical.from_codes(whole, [*index.classes, UNASSIGNED]).remove_unused_categories()
-    columns = {"": label}
+    label = pd.Categorical.from_codes(whole, pd.Index([*index.classes, UNASSIGNED])).remove_unused_categories()
+    table = pd.DataFrame({"": label})
     for name, values in (("_share", share), ("_distance", far), ("_novelty", novelty)):
-        columns[name] = np.full(n_cells, np.nan, np.float32)
-        columns[name][there] = values
-    return pd.DataFrame(columns)
+        column = np.full(n_cells, np.nan, np.float32)
+        column[there] = values
+        table[name] = column
+    return table

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import annformer
@@ -23,18 +22,17 @@ from annformer.data.write import require_place
 from annformer.data.write_columns import write_with_columns
 from annformer.errors import input_error
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
-from annformer.tasks._annotation_cells import UNASSIGNED, expressed_genes, read_reference, require_enough, require_same_genes
+from annformer.tasks._annotation_cells import UNASSIGNED, Reference, expressed_genes, read_reference, require_enough, require_same_genes
 from annformer.tasks._annotation_columns import columns_of, require_coverage
 from annformer.tasks._annotation_recipe import AnnotationRecipe, Learned, Options
-from annformer.tasks._cells import digest
-from annformer.tasks._chosen import Chosen
 from annformer.tasks._classifier import Answer, Classifier, NetworkPart
-from annformer.tasks._finetune import grown, loaded
-from annformer.tasks._mapping_cells import given_embedding
-from annformer.tasks._network_part import Made, begun, embedded, frozen_part, head_logits, states_of, tuned_part
+from annformer.tasks._finetune import loaded
+from annformer.tasks._given import Cells, How
+from annformer.tasks._network_part import begun, embedded, frozen_part, network_says, tuned_part, untouched
 from annformer.tasks._output import Output
 from annformer.tasks._place import check_key, check_target, put_columns
 from annformer.tasks._threads import torch_threads
+from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +40,6 @@ TASK = "annotation"
 KEY = "predicted_cell_type"
 NOVEL = 0.99
 """Novelty above which a cell is called unassigned: so is one of a hundred cells of known types."""
-
-
-class _How(TypedDict):
-    embedding: str | None
-    progress: bool | None
-
-
-class _Cells(NamedTuple):
-    """Where cells come from, and how they are embedded."""
-
-    data: AnnData | str | Path
-    source: AnnDataSource
-    """That reads `data`."""
-    embedding: str | None
-    """Name in obsm of an embedding to use; None: embed."""
-    progress: bool | None
 
 
 class CellTypeClassifier:
@@ -159,50 +141,55 @@ class CellTypeClassifier:
         began = time.monotonic()
         recipe = self.recipe if isinstance(self.recipe, AnnotationRecipe) else AnnotationRecipe.named(self.recipe)
         base = loaded(self.model)
-        vocab = base.vocab.all_trained()
+        self.model_ = untouched(base, pretrained=self.pretrained, seed=self.seed, device=self.device)
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
-            source = cells.source
-            reference, n_untyped = read_reference(
-                source, vocab, label_key=self.label_key, batch_key=self.batch_key, n_folds=recipe.n_folds, seed=self.seed
-            )
-            require_enough(expressed_genes(reference.cells))
-            self.match_ = source.match(vocab)
-            self.classes_ = reference.types
-            self.n_cells_ = tuple(map(int, np.bincount(reference.codes)))
-            left_out = f", {n_untyped:,} without a type left out" if n_untyped else ""
-            log.info("%s cells of %d types%s", f"{len(reference.codes):,}", len(self.classes_), left_out)
-            self.history_ = pd.DataFrame()
-            network: NetworkPart | None = None
-            self.model_ = self._copy(base)
-            if recipe.tuning == "frozen":
-                states = self._embedded(cells, reference.rows)
-                network = frozen_part(reference, states, recipe.strengths, recipe.balance)
-            elif recipe.tuning != "none":
-                self.model_ = begun(base, reference, recipe, pretrained=self.pretrained, seed=self.seed)
-                job = {
-                    "model": base.fingerprint,
-                    "pretrained": self.pretrained,
-                    "recipe": recipe.model_dump(mode="json"),
-                    "seed": self.seed,
-                    "cells": digest(reference.cells, reference.codes),
-                }
-                network, self.history_ = tuned_part(
-                    self.model_,
-                    reference,
-                    source,
-                    recipe,
-                    seed=self.seed,
-                    folder=None if folder is None else Path(folder),
-                    job=job,
-                    device=self.device,
-                    threads=self.threads,
-                )
-        self._classifier = Classifier.fit(reference, network, depths=recipe.depths, strengths=recipe.strengths, balance=recipe.balance)
+            reference = self._read(cells.source, base.vocab.all_trained(), recipe)
+            network = self._network(base, reference, cells, recipe, folder)
+            self._classifier = Classifier.fit(reference, network, depths=recipe.depths, strengths=recipe.strengths, balance=recipe.balance)
         self.held_back_ = self._classifier.held_back
         made = self.model_.config.provenance if recipe.tuning in ("full", "low-rank") else {}
         self.model_.config = self.model_.config.model_copy(update={"provenance": self._provenance(base, recipe) | made})
         self.seconds_ = time.monotonic() - began
         return self
+
+    def _read(self, source: AnnDataSource, vocab: GeneVocab, recipe: AnnotationRecipe) -> Reference:
+        reference, n_untyped = read_reference(
+            source, vocab, label_key=self.label_key, batch_key=self.batch_key, n_folds=recipe.n_folds, seed=self.seed
+        )
+        require_enough(expressed_genes(reference.cells))
+        self.match_ = source.match(vocab)
+        self.classes_ = reference.types
+        self.n_cells_ = tuple(map(int, np.bincount(reference.codes)))
+        left_out = f", {n_untyped:,} without a type left out" if n_untyped else ""
+        log.info("%s cells of %d types%s", f"{len(reference.codes):,}", len(self.classes_), left_out)
+        return reference
+
+    def _network(
+        self, base: ScGPT, reference: Reference, cells: Cells, recipe: AnnotationRecipe, folder: str | Path | None
+    ) -> NetworkPart | None:
+        self.history_ = pd.DataFrame()
+        if recipe.tuning == "none":
+            return None
+        if recipe.tuning == "frozen":
+            return frozen_part(reference, embedded(cells, reference.rows), recipe.strengths, recipe.balance)
+        self.model_ = begun(base, reference, recipe, pretrained=self.pretrained, seed=self.seed)
+        part, self.history_ = tuned_part(
+            self.model_,
+            reference,
+            cells.source,
+            recipe,
+            seed=self.seed,
+            folder=folder,
+            job={
+                "model": base.fingerprint,
+                "pretrained": self.pretrained,
+                "recipe": recipe.model_dump(mode="json"),
+                "seed": self.seed,
+            },
+            device=self.device,
+            threads=self.threads,
+        )
+        return part
 
     @property
     def part_weights_(self) -> dict[str, float]:
@@ -381,51 +368,33 @@ class CellTypeClassifier:
             yield source
 
     @contextmanager
-    def _cells(self, adata: AnnData | str | Path, how: _How) -> Iterator[_Cells]:
+    def _cells(self, adata: AnnData | str | Path, how: How) -> Iterator[Cells]:
         with self._source(adata) as source:
-            yield _Cells(adata, source, **how)
+            yield Cells(adata, source, self.model_, **how)
 
-    def _answered(self, adata: AnnData, how: _How) -> Answer:
+    def _answered(self, adata: AnnData, how: How) -> Answer:
         self._require_fitted()
         with self._cells(adata, how) as cells:
             return self._answer(cells)
 
-    def _answer(self, cells: _Cells) -> Answer:
+    def _answer(self, cells: Cells) -> Answer:
         source = cells.source
         vocab = self.model_.vocab.all_trained()
         require_same_genes(self._classifier.genes, source.match(vocab), source.name)
         linear, far = self._classifier.read(source, vocab)
-        return self._classifier.answer(linear, self._network_says(cells, len(linear)), far)
+        fitted, network = self._classifier, None
+        if len(fitted.stack.weights) > len(linear):
+            if self.device is not None:
+                self.model_.to(self.device)
+            network = network_says(cells, fitted.head)
+        return fitted.answer(linear, network, far)
 
-    def _network_says(self, cells: _Cells, n_linear: int) -> Float[np.ndarray, "cell type"] | None:
-        fitted = self._classifier
-        if len(fitted.stack.weights) == n_linear:
-            return None
-        if self.device is not None:
-            self.model_.to(self.device)
-        if fitted.head is None:
-            return head_logits(self.model_, states_of(self.model_, cells.source))
-        return fitted.head.logits(np.nan_to_num(self._embedded(cells)))
-
-    def _embedded(self, cells: _Cells, rows: Int[np.ndarray, "cell"] | None = None) -> Float[np.ndarray, "cell width"]:
-        """Embedding by the network as it is: of all cells, or of those in `rows`."""
-        if cells.embedding is not None:
-            given = given_embedding(cells.data, cells.embedding, Made.by(self.model_))
-            return given if rows is None else given[rows]
-        return embedded(self.model_, cells.source if rows is None else Chosen(cells.source, rows), progress=cells.progress)
-
-    def _columns(self, cells: _Cells, coverage: float, unassigned_above: float | None, cluster_key: str | None) -> pd.DataFrame:
+    def _columns(self, cells: Cells, coverage: float, unassigned_above: float | None, cluster_key: str | None) -> pd.DataFrame:
         require_coverage(coverage)
         clusters = None if cluster_key is None else cells.source.codes("cluster", cluster_key)
         answer = self._answer(cells)
         sets = self._classifier.stack.sets(answer.log_probabilities, coverage)
         return columns_of(answer, sets, self.classes_, unassigned_above=unassigned_above, clusters=clusters)
-
-    def _copy(self, base: ScGPT) -> ScGPT:
-        """The network as it is, to be used under another name."""
-        if self.pretrained:
-            return copy.deepcopy(base).to(self.device or "cpu").eval()
-        return grown(base, base.config, base.vocab, pretrained=False, seed=self.seed).to(self.device or "cpu").eval()
 
     def _provenance(self, base: ScGPT, recipe: AnnotationRecipe) -> dict[str, Any]:
         options = Options(label_key=self.label_key, batch_key=self.batch_key, layer=self.layer, gene_key=self.gene_key, seed=self.seed)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypedDict
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,11 @@ from annformer.data.write_columns import write_with_columns
 from annformer.errors import input_error
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._encoding import loaded
+from annformer.tasks._given import Cells, How
 from annformer.tasks._index import MODEL, IndexSettings, ReferenceIndex, distances, new_index
 from annformer.tasks._output import Output
 from annformer.tasks._place import check_key, check_target, put_columns
-from annformer.tasks._reference import Cells, grown, nearest_to
+from annformer.tasks._reference import grown, nearest_to
 from annformer.tasks._threads import torch_threads
 from annformer.tasks._votes import predictions
 
@@ -37,11 +38,6 @@ class Neighbours(NamedTuple):
     """Cell x neighbour."""
     distances: Float32[np.ndarray, "cell neighbour"]
     """Cosine distances."""
-
-
-class _How(TypedDict):
-    embedding: str | None
-    progress: bool | None
 
 
 class ReferenceMapper:
@@ -225,7 +221,7 @@ class ReferenceMapper:
         self._require_fitted()
         check_key(key_added)
         _require_share(unassigned_above)
-        how: _How = {"embedding": embedding, "progress": progress}
+        how: How = {"embedding": embedding, "progress": progress}
         with Output(Path(path_in), Path(path_out), overwrite=overwrite) as output, self._cells(output.path_in, how) as cells:
             require_place(cells.source.container, output.path_in)
             found = nearest_to(self._index, cells)
@@ -282,14 +278,14 @@ class ReferenceMapper:
         mapper.model_, mapper._index = model, index
         return mapper
 
-    def _grow(self, index: ReferenceIndex, adata: AnnData | str | Path, how: _How) -> None:
+    def _grow(self, index: ReferenceIndex, adata: AnnData | str | Path, how: How) -> None:
         began = time.monotonic()
         with self._cells(adata, how) as cells:
             self._index = grown(index, cells)
         self.seconds_ = time.monotonic() - began
 
     @contextmanager
-    def _cells(self, adata: AnnData | str | Path, how: _How) -> Iterator[Cells]:
+    def _cells(self, adata: AnnData | str | Path, how: How) -> Iterator[Cells]:
         with AnnDataSource(adata, gene_key=self.gene_key, layer=self.layer) as source, torch_threads(self.threads):
             yield Cells(adata, source, self.model_, **how)
 

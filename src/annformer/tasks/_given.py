@@ -1,16 +1,40 @@
-"""Some of the cells of a source, as a source."""
+"""The cells that a task is given, or some of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+from anndata import AnnData
 from jaxtyping import Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.genes import GeneMatch
+from annformer.scgpt import ScGPT
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
+
+
+class How(TypedDict):
+    """How cells are embedded."""
+
+    embedding: str | None
+    """Name in obsm of an embedding to use; None: embed."""
+    progress: bool | None
+    """Show a progress bar; None: when stderr is a terminal."""
+
+
+class Cells(NamedTuple):
+    """Where cells come from, and how they are embedded."""
+
+    data: AnnData | str | Path
+    source: AnnDataSource
+    """That reads `data`."""
+    model: ScGPT
+    embedding: str | None
+    progress: bool | None
 
 
 class Chosen:
