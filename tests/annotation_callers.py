@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.comparison import annotate
+from annformer.comparison import annotate, calls
 from annformer.comparison.annotation_methods import EXPRESSION, OURS
 from annformer.comparison.calls import TYPE, Called, Caller
+from annformer.evaluate import calibration
 
 TYPES = ("B cell", "T cell", "monocyte")
 
@@ -43,6 +45,27 @@ def table_of(cells: ad.AnnData, ours: float, floors: Mapping[str, float]) -> dic
     return table | {name: Caller(name, "floor", planted(truth, share)) for name, share in floors.items()}
 
 
-def quick(patch: pytest.MonkeyPatch) -> None:
-    """Without UMAP, which compiles for ten seconds."""
+class NoWatch:
+    """Memory is not looked at: the garbage of a whole test session takes half a second to collect."""
+
+    growth_mb = 0.0
+
+    def __enter__(self) -> NoWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def quick(patch: pytest.MonkeyPatch, *, embed: bool = False) -> None:
+    """Without UMAP, which compiles for ten seconds, watch on memory and a thousand simulations; without the network unless asked for."""
+
+    def some_embedding(cells: ad.AnnData, *_: object) -> float:
+        cells.obsm["X_annformer"] = np.random.default_rng(0).normal(size=(cells.n_obs, 2))
+        return 1.0
+
     patch.setattr(annotate, "umap", lambda representation, **_: np.asarray(representation)[:, :2])
+    patch.setattr(calls, "MemoryWatch", NoWatch)
+    patch.setattr(calibration, "calibrated_error", partial(calibration.calibrated_error, n_simulations=20))
+    if not embed:
+        patch.setattr(annotate, "_embed_once", some_embedding)

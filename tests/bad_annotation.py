@@ -49,7 +49,7 @@ def _cut(kit: Kit) -> None:
 
 ANNOTATIONS = [
     Row("no label_key to learn", FITTED, ("--label_key",)),
-    Row("a label_key to learn that obs lacks", f"{FITTED} --label_key celltype", ("'celltype'", "cell_type")),
+    Row("a label_key to learn that obs lacks", f"{FITTED} --label_key celltype", ("'celltype'", "give label_key='cell_type'")),
     Row(
         "a cell without a label",
         f"{FITTED} --label_key kind",

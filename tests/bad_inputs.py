@@ -337,11 +337,11 @@ STORES = [
 COMPARED = "compare integrate cells.h5ad --model model --out out"
 
 
-def _one(column: str, value: str) -> Callable[[Kit], None]:
+def one_value(column: str, value: str) -> Callable[[Kit], None]:
     return lambda kit: kit.cells(lambda adata: adata.obs.__setitem__(column, value))
 
 
-def _no_batch(adata: AnnData) -> None:
+def no_batch(adata: AnnData) -> None:
     adata.obs["batch"] = adata.obs["batch"].astype(object)
     adata.obs.loc[adata.obs_names[4], "batch"] = None
 
@@ -355,15 +355,15 @@ COMPARISONS = [
     Row("no batch_key", f"{COMPARED} --label_key cell_type", ("--batch_key",)),
     Row("a batch_key that is no column", f"{COMPARED} --batch_key bach --label_key cell_type", ("'bach'", "batch")),
     Row("a label_key that is no column", f"{COMPARED} --batch_key batch --label_key celltype", ("'celltype'", "cell_type")),
-    Row("one batch", f"{COMPARED} --batch_key lane --label_key cell_type", ("one value, 'L1'", "two batches"), _one("lane", "L1")),
+    Row("one batch", f"{COMPARED} --batch_key lane --label_key cell_type", ("one value, 'L1'", "two batches"), one_value("lane", "L1")),
     Row(
         "a cell without a batch",
         f"{COMPARED} --batch_key batch --label_key cell_type",
         ("no value in 1", "cell4"),
-        lambda kit: kit.cells(_no_batch),
+        lambda kit: kit.cells(no_batch),
     ),
-    Row("one type", f"{COMPARED} --batch_key batch --label_key kind", ("one type, 'T'", "two types"), _one("kind", "T")),
-    Row("no type at all", f"{COMPARED} --batch_key batch --label_key kind", ("no type at all",), _one("kind", "unknown")),
+    Row("one type", f"{COMPARED} --batch_key batch --label_key kind", ("one type, 'T'", "two types"), one_value("kind", "T")),
+    Row("no type at all", f"{COMPARED} --batch_key batch --label_key kind", ("no type at all",), one_value("kind", "unknown")),
     Row(
         "an unknown method",
         f"{COMPARED} --batch_key batch --label_key cell_type --methods zero-shot pca-hgv",
@@ -385,6 +385,56 @@ COMPARISONS = [
     ),
 ]
 
+ANNOTATED = "compare annotate cells.h5ad --model model --out out"
+
+
+def _types_are_batches(adata: AnnData) -> None:
+    adata.obs["batch"] = (adata.obs["cell_type"] == "B cell").map({True: "one", False: "two"})
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace("monocyte", "T cell")
+
+
+COMPARISONS += [
+    Row("no label_key to annotate", ANNOTATED, ("--label_key",)),
+    Row("a label_key to annotate that is no column", f"{ANNOTATED} --label_key celltype", ("'celltype'", "cell_type")),
+    Row("one type to annotate", f"{ANNOTATED} --label_key kind", ("one type, 'T'", "two types"), one_value("kind", "T")),
+    Row(
+        "names of cells for types",
+        f"{ANNOTATED} --label_key name",
+        ("60 values for 60 cells", "--label_key"),
+        lambda kit: kit.cells(lambda adata: adata.obs.__setitem__("name", [f"c{n}" for n in range(adata.n_obs)])),
+    ),
+    Row(
+        "one batch to hold out",
+        f"{ANNOTATED} --label_key cell_type --batch_key lane",
+        ("one value, 'L1'", "none can be held out"),
+        one_value("lane", "L1"),
+    ),
+    Row(
+        "batches that are types",
+        f"{ANNOTATED} --label_key cell_type --batch_key batch",
+        ("with one held out there is one type, 'T cell', to learn from", "leave it out"),
+        lambda kit: kit.cells(_types_are_batches),
+    ),
+    Row(
+        "an unknown method to annotate with",
+        f"{ANNOTATED} --label_key cell_type --methods annformer knn-pac",
+        ("'knn-pac'", "did you mean kNN PCA"),
+    ),
+    Row("no baseline to annotate with", f"{ANNOTATED} --label_key cell_type --methods annformer", ("no baseline", "kNN PCA")),
+    Row(
+        "logarithms only to annotate",
+        f"{ANNOTATED} --label_key cell_type",
+        ("no counts", "layers['counts']"),
+        lambda kit: kit.cells(lambda adata: setattr(adata, "X", adata.X.log1p() * 0.9)),
+    ),
+    Row(
+        "an option of another task",
+        f"{COMPARED} --batch_key batch --label_key cell_type --novelty true",
+        ("integrate has no --novelty", "compare annotate"),
+    ),
+    Row("a recipe to annotate that does not exist", f"{ANNOTATED} --label_key cell_type --recipe anotate", ("'anotate'", "annotate")),
+]
+
 # annformer integrate
 
 INTEGRATED = "integrate cells.h5ad --model model --out out"
@@ -401,7 +451,7 @@ def _constant(adata: AnnData) -> None:
 INTEGRATIONS = [
     Row("no batch_key to integrate by", INTEGRATED, ("--batch_key",)),
     Row("a batch_key that obs lacks", f"{INTEGRATED} --batch_key donor", ("'donor'", "batch")),
-    Row("one batch to integrate", f"{INTEGRATED} --batch_key lane", ("one batch only, 'L1'", "at least two"), _one("lane", "L1")),
+    Row("one batch to integrate", f"{INTEGRATED} --batch_key lane", ("one batch only, 'L1'", "at least two"), one_value("lane", "L1")),
     Row(
         "a batch with 3 cells",
         f"{INTEGRATED} --batch_key batch",
@@ -412,7 +462,7 @@ INTEGRATIONS = [
         "a cell to integrate without a batch",
         f"{INTEGRATED} --batch_key batch",
         ("no value in 1", "cell4"),
-        lambda kit: kit.cells(_no_batch),
+        lambda kit: kit.cells(no_batch),
     ),
     Row("no gene that varies", f"{INTEGRATED} --batch_key batch", ("variable gene",), lambda kit: kit.cells(_constant)),
     Row(
@@ -428,108 +478,12 @@ INTEGRATIONS = [
         ("n_gens", "recipe.yaml"),
         lambda kit: (kit.cells(), (kit.folder / "recipe.yaml").write_text("n_gens: 5\n")),
     ),
-    Row("one type to score by", f"{INTEGRATED} --batch_key batch --label_key kind", ("one type, 'T'",), _one("kind", "T")),
+    Row("one type to score by", f"{INTEGRATED} --batch_key batch --label_key kind", ("one type, 'T'",), one_value("kind", "T")),
     Row("a label_key that obs lacks", f"{INTEGRATED} --batch_key batch --label_key type", ("'type'", "cell_type")),
     Row("a corrected batch that is none", f"{INTEGRATED} --batch_key batch --epochs 0.1 --corrected b7", ("'b7'", "'b0'")),
 ]
 
-# annformer map
-
-FITTED = "map fit cells.h5ad --model model --out out --n_neighbours 5"
-MAPPED = "map predict cells.h5ad --index index --out out.h5ad"
-
-
-def _fitted(kit: Kit) -> None:
-    """An index of `cells.h5ad` as `index/`."""
-    from annformer.tasks.mapping import ReferenceMapper
-
-    kit.cells()
-    ReferenceMapper(kit.folder / "model", label_key="cell_type", n_neighbours=5).fit(kit.folder / "cells.h5ad").save(kit.folder / "index")
-
-
-def _then(change: Callable[[Kit], object]) -> Callable[[Kit], None]:
-    def make(kit: Kit) -> None:
-        _fitted(kit)
-        change(kit)
-
-    return make
-
-
-def _without_most_genes(adata: AnnData) -> AnnData:
-    total = np.asarray(adata.X.sum(axis=0)).reshape(-1)
-    return adata[:, total < np.quantile(total, 0.6)].copy()
-
-
-def _embedded_by_another(kit: Kit) -> None:
-    from annformer.scgpt import ScGPT
-    from annformer.tasks.embedding import embed
-
-    kit.tensors(lambda tensors: tensors.update({"encoder.layers.0.ff_in.bias": tensors["encoder.layers.0.ff_in.bias"] + 0.1}))
-    kit.cells(lambda adata: embed(adata, ScGPT.from_pretrained(kit.folder / "model"), copy=True))
-
-
-def _thesis(kit: Kit) -> None:
-    kit.cells()
-    (kit.folder / "out").mkdir()
-    (kit.folder / "out" / "thesis.txt").write_text("mine")
-
-
-def _cut(name: str) -> Callable[[Kit], object]:
-    def cut(kit: Kit) -> None:
-        path = kit.folder / "index" / name
-        path.write_bytes(path.read_bytes()[:-100])
-
-    return cut
-
-
-def _exchange_model(kit: Kit) -> None:
-    tensors = load_file(kit.folder / "index" / "model" / "model.safetensors")
-    tensors["encoder.layers.0.ff_in.bias"] += 0.1
-    save_file(tensors, kit.folder / "index" / "model" / "model.safetensors")
-
-
-MAPPINGS = [
-    Row("no subcommand of that name", "map fitt cells.h5ad --label_key cell_type --out out", ("'fitt'", "did you mean fit")),
-    Row("no label_key to map by", FITTED, ("--label_key",)),
-    Row("a label_key to map by that obs lacks", f"{FITTED} --label_key celltype", ("'celltype'", "cell_type")),
-    Row("no label to map by", f"{FITTED} --label_key kind", ("'kind'", "no label", "'unknown'"), _one("kind", "unknown")),
-    Row(
-        "a label of its own for every cell",
-        f"{FITTED} --label_key name",
-        ("60 labels for 60 cells",),
-        lambda kit: kit.cells(lambda adata: adata.obs.__setitem__("name", np.arange(adata.n_obs).astype(str))),
-    ),
-    Row("more neighbours than cells", f"{FITTED} --label_key cell_type --n_neighbours 60", ("60 labelled cells", "n_neighbours")),
-    Row("no such search", f"{FITTED} --label_key cell_type --search annoy", ("annoy", "exact")),
-    Row("an embedding that is not there", f"{FITTED} --label_key cell_type --embedding X_mine", ("X_mine", "--embedding")),
-    Row("an index is not overwritten unasked", f"{FITTED} --label_key cell_type", ("out exists", "earlier index"), _thesis),
-    Row("no index at all", MAPPED, ("there is no such folder",)),
-    Row("a model is no index", "map predict cells.h5ad --index model --out out.h5ad", ("no index", "config.json", "annformer map fit")),
-    Row(
-        "a query without the genes of the reference",
-        MAPPED,
-        ("genes of the reference", "50%"),
-        _then(lambda kit: kit.cells(_without_most_genes)),
-    ),
-    Row(
-        "a query embedded by another model",
-        f"{MAPPED} --embedding X_annformer",
-        ("X_annformer", "was made by", "--embedding"),
-        _then(_embedded_by_another),
-    ),
-    Row("an index with another model", MAPPED, ("not the one by which the reference was embedded",), _then(_exchange_model)),
-    Row("a damaged index", MAPPED, ("damaged", "vectors.npy"), _then(_cut("vectors.npy"))),
-    Row("an index of damaged labels", MAPPED, ("damaged", "cells.arrow"), _then(_cut("cells.arrow"))),
-    Row("a novelty that is no share", f"{MAPPED} --unassigned_above 99", ("unassigned_above=99", "0.99"), _fitted),
-    Row(
-        "the table would replace a file",
-        MAPPED,
-        ("out.csv", "--overwrite"),
-        _then(lambda kit: (kit.folder / "out.csv").write_text("mine")),
-    ),
-]
-
-ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES + COMPARISONS + INTEGRATIONS + MAPPINGS
+ROWS = CELLS + MODELS + WORDS + PLACES + EXPERIMENTS + STORES + COMPARISONS + INTEGRATIONS
 
 FINE = [
     Row(
@@ -539,13 +493,6 @@ FINE = [
     Row("empty cells are left out by choice", EMBED + " --empty drop", ("2 cells", "cell3"), lambda kit: kit.cells(_blank)),
     Row("dashes instead of underscores", EMBED + " --key-added X_mine", ()),
     Row("a model that needs batches is a finding", "inspect cells.h5ad --model model", (), _batch_model),
-    Row("one label to map by is enough", f"{FITTED} --label_key kind", ("one label only, 'T'",), _one("kind", "T")),
-    Row(
-        "cells without a label are left out of a reference",
-        f"{FITTED} --label_key batch",
-        ("1 of 60 cells have no label",),
-        lambda kit: kit.cells(_no_batch),
-    ),
     Row("problems are findings, not errors", "inspect cells.h5ad --model model", (), lambda kit: kit.cells(_scale)),
 ]
 """Odd, but answered with exit status 0 and, where there are words, a line that says what was assumed."""

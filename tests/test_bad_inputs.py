@@ -19,6 +19,7 @@ from scipy.sparse import random as sparse_random
 from annformer.cli import main
 from bad_annotation import ANNOTATIONS
 from bad_inputs import EMBED, FINE, ROWS, Kit, Row
+from bad_mapping import FINE_MAPPINGS, MAPPINGS
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -45,7 +46,7 @@ def kit(tmp_path, monkeypatch, tiny_adata, tiny_model) -> Kit:
     return kit
 
 
-@pytest.mark.parametrize("row", ROWS + ANNOTATIONS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ROWS + ANNOTATIONS + MAPPINGS, ids=lambda row: row.name)
 def test_mistake(row: Row, kit: Kit, capsys):
     if row.skip_root and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
@@ -60,7 +61,7 @@ def test_mistake(row: Row, kit: Kit, capsys):
     assert snapshot(kit.folder) == before, "something was written"
 
 
-@pytest.mark.parametrize("row", FINE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", FINE + FINE_MAPPINGS, ids=lambda row: row.name)
 def test_odd_but_fine(row: Row, kit: Kit, capsys):
     row.make(kit)
     status = main(shlex.split(row.argv))

@@ -5,9 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import annotation_callers
 from annformer.cli import compare as module
 from annformer.cli import main
-from annformer.comparison import TASKS, integrate
+from annformer.comparison import TASKS, annotate, integrate
 from comparison_cells import N_CELLS, quick, some_cells, table_of
 
 WORDS = "compare integrate cells.h5ad --batch_key batch --label_key cell_type --model model --seeds 2 --out out"
@@ -100,3 +101,51 @@ def test_an_earlier_comparison_of_a_zarr_folder_is_replaced_on_demand(cells, tmp
     assert main([*WORDS.replace("cells.h5ad", "cells.zarr").split(), "--overwrite"]) == 0
     assert "X_annformer" in ad.read_h5ad(tmp_path / "out" / "integrated.h5ad").obsm
     assert np.isfinite(pd.read_csv(tmp_path / "out" / "verdicts.csv")["low"]).all()
+
+
+@pytest.fixture
+def typed(cells, monkeypatch) -> ad.AnnData:
+    """The same folder; what annotates is planted."""
+    annotation_callers.quick(monkeypatch)
+    monkeypatch.setattr(annotate, "methods", lambda *_, **__: annotation_callers.table_of(cells, 0.95, {"kNN PCA": 0.6}))
+    return cells
+
+
+def test_annotation_has_its_own_files(typed, tmp_path, capsys):
+    words = "compare annotate cells.h5ad --label_key cell_type --batch_key batch --model model --seeds 2 --out out"
+    assert main(words.split()) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "On these cells annformer beats the best baseline, kNN PCA, in macro-F1" in out
+    assert "out/report.html (also out/scores.csv, out/verdicts.csv, out/per_type.csv, out/predictions.csv)" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(module.FILES_OF["annotate"])
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert set(scores["split"]) == {"whole batches", "random cells"}
+    html = (tmp_path / "out" / "report.html").read_text()
+    asked = (
+        "annformer compare annotate cells.h5ad --out out --batch_key batch --label_key cell_type --model model --recipe annotate --seeds 2"
+    )
+    assert f"<code>{asked}</code>" in html
+
+
+def test_an_earlier_comparison_of_another_task_is_not_replaced(typed, tmp_path, capsys):
+    words = "compare annotate cells.h5ad --label_key cell_type --model model --seeds 1 --out out --overwrite"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "integrated.h5ad").touch()
+    assert main(words.split()) == 2
+    assert "not the folder of an earlier comparison" in capsys.readouterr().err
+
+
+def test_words_of_annotation_reach_the_work(typed, monkeypatch):
+    asked = {}
+
+    def compare(adata, **options):
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(annotate, "compare", compare)
+    assert (
+        main(["compare", "annotate", "cells.h5ad", "--label_key", "cell_type", "--model", "model", "--out", "out", "--novelty", "false"])
+        == 2
+    )
+    assert asked.pop("command").endswith("--recipe annotate --seeds 3 --novelty false")
+    assert (asked["batch_key"], asked["novelty"], asked["recipe"], asked["wanted"]) == (None, False, "annotate", None)

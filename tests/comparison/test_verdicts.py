@@ -98,3 +98,20 @@ def test_batches_are_drawn_where_five_have_types(n_batches, n_typed, drawn, said
     labels = np.where(np.arange(42) % n_batches < n_typed, "T cell", "unknown")
     assert units_drawn(batches, labels) == drawn
     assert unit_of(batches, labels) == said
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said"), [(0.9, "behind floor 0 in accuracy, the best in that): use ours, unless accuracy is what"), (0.1, "use ours.")]
+)
+def test_scores_of_other_tasks_have_their_words(accuracy, said):
+    means = pd.DataFrame(
+        {"method": ["ours", "floor 0"], "kind": ["ours", "floor"], "seconds": [9.0, 1.0], "f": [0.8, 0.6], "acc": [0.5, accuracy]}
+    )
+    rng = np.random.default_rng(0)
+    drawn = {row["method"]: row[["f", "acc"]].to_numpy(float) + 0.01 * rng.normal(size=(50, 2)) for _, row in means.iterrows()}
+    verdicts = verdict_table(means, drawn, "ours", None, ("f", "acc"))
+    assert verdicts["score"].to_list() == ["f", "acc"]
+    text = sentence(verdicts, means, {"f": "macro-F1", "acc": "accuracy"})
+    assert "ours beats the best baseline, floor 0, in macro-F1 (" in text
+    assert said in text
+    assert held_against(verdicts, {"floor 0": "simple"}, "acc")[0].startswith("ours is worse" if accuracy > 0.5 else "ours is better")

@@ -17,6 +17,7 @@ from annformer.report import (
     Table,
     Text,
     dot_figure,
+    heat_figure,
     line_figure,
     line_panels,
     require_packages,
@@ -169,6 +170,28 @@ def test_dots_hold_values_and_intervals_in_the_order_of_the_table():
     assert "low" not in second["series"][0]
 
 
+def make_heat():
+    table = pd.DataFrame({"B": [3, 0], "T": [1, 0], "none": [0, 0]}, index=["B", "T"])
+    return heat_figure({"ours": table, "PCA": table + 1}, x="called", y="type", caption="Heat.")
+
+
+def test_heat_holds_counts_and_the_shares_of_each_row():
+    figure = make_heat()
+    assert (figure.payload["rows"], figure.payload["columns"]) == (["B", "T"], ["B", "T", "none"])
+    ours = figure.payload["panels"][0]
+    assert ours == {"title": "ours", "shares": [[75, 25, 0], [0, 0, 0]], "counts": [[3, 1, 0], [0, 0, 0]]}
+    assert figure.png.startswith(b"\x89PNG")
+    assert figure.alt == "Tables in colours (ours, PCA): shares of called (B, T, none) for each type (B, T)."
+
+
+def test_columns_that_are_alike_share_colours_and_shapes():
+    columns = pd.DataFrame({"type": ["T", "T", "B"], "called": ["B", "B", "new"]})
+    figure = scatter_figure({"map": np.eye(3)[:, :2]}, columns, alike={"called": "type"}, caption="")
+    kind, called = figure.payload["columns"]
+    assert kind["levels"] == ["T", "B"]
+    assert called == {"name": "called", "levels": ["T", "B", "new"], "codes": [1, 1, 2]}
+
+
 def test_a_line_looks_the_same_in_every_panel():
     lines = {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}
     payload = line_panels({"both": lines, "b alone": {"b": lines["b"]}}, x="step", y="loss", caption="").payload
@@ -216,15 +239,15 @@ def test_script_draws_both_maps_and_the_curve_in_a_browser(tmp_path):
 
 
 @needs_browser
-def test_pairs_dots_and_panels_are_drawn_and_fit_a_phone(tmp_path):
+def test_pairs_dots_panels_and_heat_are_drawn_and_fit_a_phone(tmp_path):
     lines = {"a": ([0, 1], [1, 2])}
     page = Page("Pairs").add("Maps", make_pairs()).add("Dots", make_dots())
-    page.add("Lines", line_panels({"one": lines, "two": lines}, x="step", y="loss", caption="Lines."))
+    page.add("Lines", line_panels({"one": lines, "two": lines}, x="step", y="loss", caption="Lines.")).add("Heat", make_heat())
     path = page.write(tmp_path / "report.html")
     drawn = chromium(path, tmp_path / "profile", "--dump-dom")
-    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 6 + 1 + 2
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 6 + 1 + 2 + 2
     assert drawn.count("<select>") == 3
     assert drawn.count('aria-pressed="true"') == 2 + 2 + 2
     width, plots = measured_on_phone(path, tmp_path / "profile")
-    assert plots == 9
+    assert plots == 11
     assert width <= 390, "the page is wider than a phone"

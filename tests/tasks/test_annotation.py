@@ -201,9 +201,7 @@ def test_batches_are_held_back_as_a_whole(model, reference):
     from annformer.data.anndata import AnnDataSource
     from annformer.tasks._annotation_cells import read_reference
 
-    found, _ = read_reference(
-        AnnDataSource(reference), model.vocab, label_key="cell_type", batch_key="batch", n_folds=5, seed=0
-    )
+    found, _ = read_reference(AnnDataSource(reference), model.vocab, label_key="cell_type", batch_key="batch", n_folds=5, seed=0)
     assert len(set(found.folds)) == 3
     assert all(len(set(found.folds[(reference.obs["batch"] == name).to_numpy()])) == 1 for name in ("b0", "b1", "b2"))
 

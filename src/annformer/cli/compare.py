@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from annformer.comparison.result import Comparison
 
 FILES = ("report.html", "integrated.h5ad", "scores.csv", "verdicts.csv", "per_type.csv")
+"""What the folder of a comparison of integration holds."""
+FILES_OF = {"integrate": FILES, "annotate": ("report.html", "scores.csv", "verdicts.csv", "per_type.csv", "predictions.csv")}
 
 
 def command(
@@ -26,12 +28,13 @@ def command(
     file: str,
     *,
     out: str,
-    batch_key: str,
     label_key: str,
+    batch_key: str | None = None,
     model: str = "annformer-base",
     methods: list[str] | None = None,
     seeds: int = 3,
-    recipe: str = "integrate",
+    recipe: str | None = None,
+    novelty: bool | None = None,
     gene_key: str | None = None,
     layer: str | None = None,
     device: str | None = None,
@@ -40,29 +43,33 @@ def command(
 ) -> None:
     """Do TASK on the cells of FILE with annformer and with the simple methods, score all, and say which to use.
 
-    No method sees the types of the cells. OUT gets the page report.html, the cells with every embedding (integrated.h5ad), and the
-    numbers as CSV files; it appears whole or not at all.
+    No method sees the types by which it is scored. OUT gets the page report.html, the numbers as CSV files, and with integrate the cells
+    with every embedding (integrated.h5ad), with annotate what every method calls each cell (predictions.csv); it appears whole or not at
+    all.
 
     Parameters
     ----------
     task
-        What to compare: integrate.
+        What to compare: integrate, or annotate.
     file
         The cells: an .h5ad file or a .zarr folder.
     out
         Folder for the results.
-    batch_key
-        Column of obs with the batch of every cell.
     label_key
         Column of obs with the type of the cells; "unlabelled", "unknown" and nothing mean that there is none.
+    batch_key
+        Column of obs with the batch of every cell. integrate needs it; annotate holds out whole batches with it, without it cells only.
     model
         The pretrained model: a folder, the name of a checkpoint, or org/repository on the Hub; by default the one that ships.
     methods
-        Only these, such as fine-tuned zero-shot "PCA HVG" harmony-hvg; by default all that can run here.
+        Only these, such as fine-tuned zero-shot "PCA HVG" harmony-hvg, or annformer mapping "kNN PCA"; by default all that can run here,
+        but annotate runs from-scratch only when it is named.
     seeds
         With how many seeds methods with randomness are run. Three or more say how much is chance; one is quick.
     recipe
-        How annformer is fine-tuned: a recipe that comes with it, or a YAML file.
+        How annformer learns: a recipe that comes with it, or a YAML file; by default the one named like the task.
+    novelty
+        annotate only: leave one type after the other out of what is learned from; by default where there are few types and cells.
     gene_key
         Column of var that holds the gene names; by default the names of var.
     layer
@@ -74,12 +81,15 @@ def command(
     overwrite
         Replace the folder of an earlier comparison.
     """
-    given = {"out": out, "batch_key": batch_key, "label_key": label_key, "model": model, "recipe": recipe, "seeds": seeds}
-    more = {"methods": methods, "gene_key": gene_key, "layer": layer, "device": device, "threads": threads}
     compare = _task(task)
+    require_own(task, batch_key, novelty=novelty)
+    recipe = recipe or task
+    given = {"out": out, "batch_key": batch_key, "label_key": label_key, "model": model, "recipe": recipe, "seeds": seeds}
+    own = {"novelty": novelty} if task == "annotate" else {}
+    more = {"methods": methods, "gene_key": gene_key, "layer": layer, "device": device, "threads": threads}
     _require_seed(seeds)
     folder = Path(out)
-    require_free(folder, FILES, "comparison", overwrite=overwrite)
+    require_free(folder, FILES_OF[task], "comparison", overwrite=overwrite)
 
     from annformer.comparison.cells import read_cells
     from annformer.report import require_packages
@@ -97,12 +107,13 @@ def command(
         layer=layer,
         gene_key=gene_key,
         name=Path(file).name,
-        command=spelt(task, file, given | more),
+        command=spelt(task, file, given | own | more),
+        **own,
         **options,
     )
     write(found, adata, folder)
     _show(found)
-    print(f"\nLook at {folder / 'report.html'} (also {', '.join(str(folder / name) for name in FILES[1:])})")
+    print(f"\nLook at {folder / 'report.html'} (also {', '.join(str(folder / name) for name in FILES_OF[task][1:])})")
 
 
 def spelt(task: str, file: str, options: dict[str, Any]) -> str:
@@ -110,15 +121,19 @@ def spelt(task: str, file: str, options: dict[str, Any]) -> str:
     words = ["annformer", "compare", task, file]
     for name, value in options.items():
         if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def write(found: Comparison, adata: AnnData, folder: Path) -> None:
-    """Fill `folder`, whole or not at all; the embeddings are put into `adata`."""
+    """Fill `folder`, whole or not at all; the embeddings, where there are some, are put into `adata`."""
     from annformer.checkpoints import write_folder
+    from annformer.comparison import PAGES
     from annformer.comparison.methods import CONTROL
-    from annformer.comparison.page import write_page
     from annformer.comparison.table import csv_tables, obsm_key
 
     for method, embedding in found.embeddings.items():
@@ -126,12 +141,13 @@ def write(found: Comparison, adata: AnnData, folder: Path) -> None:
             adata.obsm[obsm_key(method, found.ours)] = embedding
 
     def fill(fresh: Path) -> None:
-        adata.write_h5ad(fresh / "integrated.h5ad")
+        if found.embeddings:
+            adata.write_h5ad(fresh / "integrated.h5ad")
         for name, table in csv_tables(found).items():
             table.to_csv(fresh / name, index=False)
-        write_page(found, fresh / "report.html")
+        import_module(PAGES[found.task]).write_page(found, fresh / "report.html")
 
-    write_folder(folder, FILES, fill)
+    write_folder(folder, FILES_OF[found.task], fill)
 
 
 def _task(task: str) -> Callable[..., Comparison]:
@@ -143,6 +159,16 @@ def _task(task: str) -> Callable[..., Comparison]:
         raise input_error(found, f"one of {', '.join(TASKS)}", f"did you mean {near[0]}?" if near else f"write {next(iter(TASKS))}")
     compare: Callable[..., Comparison] = import_module(TASKS[task]).compare
     return compare
+
+
+def require_own(task: str, batch_key: str | None, *, novelty: bool | None) -> None:
+    """Refuse options that the task lacks, or needs and was not given."""
+    if task == "integrate" and batch_key is None:
+        found = "compare integrate needs --batch_key, which was not given"
+        raise input_error(found, "the column of obs with the batch of every cell", "add --batch_key and its name")
+    if task != "annotate" and novelty is not None:
+        found = f"compare {task} has no --novelty"
+        raise input_error(found, "an option of compare annotate", "leave it out")
 
 
 def _require_seed(seeds: int) -> None:

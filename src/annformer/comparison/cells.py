@@ -28,11 +28,14 @@ MOST_COLUMNS = 12
 NOTHING = UNLABELLED[0]
 
 
-def read_cells(path: str | Path, *, batch_key: str, label_key: str, layer: str | None = None, gene_key: str | None = None) -> AnnData:
+def read_cells(
+    path: str | Path, *, batch_key: str | None, label_key: str, layer: str | None = None, gene_key: str | None = None
+) -> AnnData:
     """Read an h5ad file or zarr folder into memory, once it is clear that it holds what is needed."""
     with reading_quietly(), AnnDataSource(path, layer=layer, gene_key=gene_key) as source:
         labels_of(source, label_key)
-        batches_of(source, batch_key)
+        if batch_key is not None:
+            batches_of(source, batch_key)
     return anndata.read_zarr(path) if Path(path).is_dir() else anndata.read_h5ad(path)
 
 
@@ -48,12 +51,13 @@ def batches_of(source: AnnDataSource, batch_key: str) -> Shaped[np.ndarray, "cel
     names = np.asarray(source.categories["batch"], dtype=object)
     if len(names) < 2:
         found = f"obs[{batch_key!r}] has one value, {names[0]!r}, in all cells"
-        raise input_error(found, "at least two batches", "name another column with batch_key (--batch_key): one batch needs no integration")
+        remedy = "name another column with batch_key (--batch_key): one batch needs no integration, and none can be held out"
+        raise input_error(found, "at least two batches", remedy)
     return names[codes]
 
 
-def blind_cells(source: AnnDataSource, batch_key: str) -> AnnData:
-    """Counts, gene names and batches: all that a method gets, so that none can look at a label.
+def blind_cells(source: AnnDataSource, batch_key: str | None) -> AnnData:
+    """Counts, gene names and, if there are some, batches: all that a method gets, so that none can look at a label.
 
     Raises
     ------
@@ -67,7 +71,8 @@ def blind_cells(source: AnnDataSource, batch_key: str) -> AnnData:
     parts = [csr_matrix((block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, source.n_vars)) for block in blocks]
     counts = csr_matrix(vstack(parts, format="csr"), dtype=np.float32)
     genes = np.flatnonzero(np.asarray(source.gene_names) != "")
-    obs = pd.DataFrame({batch_key: pd.Categorical(batches_of(source, batch_key))}, index=np.asarray(source.obs_names).astype(str))
+    batches = {} if batch_key is None else {batch_key: pd.Categorical(batches_of(source, batch_key))}
+    obs = pd.DataFrame(batches, index=np.asarray(source.obs_names).astype(str))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that occur twice: genes are added up, and the gene match says so
         return AnnData(counts[:, genes], obs=obs, var=pd.DataFrame(index=np.asarray(source.gene_names)[genes].astype(str)))
@@ -129,9 +134,16 @@ def require_cells(batches: Shaped[np.ndarray, "cell"], batch_key: str, needed: M
 
 
 def data_card(
-    source: AnnDataSource, name: str, *, kept: Bool[np.ndarray, "cell"], label_key: str, batch_key: str, n_labels: int
+    source: AnnDataSource,
+    name: str,
+    *,
+    kept: Bool[np.ndarray, "cell"],
+    label_key: str,
+    batch_key: str | None,
+    n_labels: int,
+    lacking: str = "a representation by some method",
 ) -> dict[str, object]:
-    """Say what the cells are."""
+    """Say what the cells are; those that are not kept are without what is `lacking`."""
     counts = source.counts
     left_out = int((~kept).sum())
     reads = np.concatenate([np.diff(block.indptr) for _, block in source.raw_blocks()])
@@ -140,9 +152,9 @@ def data_card(
         "size": f"{source.n_obs:,} cells, {source.n_vars:,} genes",
         "expressed genes per cell": f"{np.median(reads):,.0f} (median)",
         "matrix used": f"{counts.where}: {counts.kind}{f'. {counts.note}' if counts.note else ''}",
-        "batches": f"{batch_key}: {len(source.categories['batch'])}",
+        "batches": "none were named" if batch_key is None else f"{batch_key}: {len(source.categories['batch'])}",
         "types": f"{label_key}: {n_labels}",
-        "left out": f"{left_out:,} cells without a representation by some method" if left_out else "no cell",
+        "left out": f"{left_out:,} cells without {lacking}" if left_out else "no cell",
     }
 
 
@@ -154,11 +166,12 @@ def drawn_cells(labels: Sequence[str] | np.ndarray, kept: Bool[np.ndarray, "cell
     return np.sort(rows[first[:MOST_DRAWN]])
 
 
-def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str) -> pd.DataFrame:
+def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> pd.DataFrame:
     """Columns that can colour a map; batch and type first."""
-    others = [name for name in obs if name not in (batch_key, label_key) and _can_colour(obs[name])]
-    columns = obs[list(dict.fromkeys([batch_key, label_key, *others]))[:MOST_COLUMNS]]
-    return columns.assign(**{name: _as_text(obs[name]) for name in (batch_key, label_key)})  # numbered batches are names, not amounts
+    named = [label_key] if batch_key is None else [batch_key, label_key]
+    others = [name for name in obs if name not in named and _can_colour(obs[name])]
+    columns = obs[list(dict.fromkeys([*named, *others]))[:MOST_COLUMNS]]
+    return columns.assign(**{name: _as_text(obs[name]) for name in named})  # numbered batches are names, not amounts
 
 
 def _can_colour(column: pd.Series) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,28 @@ class Made:
     embedding: Float[np.ndarray, "cell width"]
     history: pd.DataFrame | None = None
     genes: Sequence[str] = ()
+
+
+class Listed(Protocol):
+    """What one must know of a method to choose it."""
+
+    @property
+    def name(self) -> str:
+        """As on the page."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """Ours, or a floor."""
+        ...
+
+    @property
+    def missing(self) -> str | None:
+        """What to install, when it cannot run here."""
+        ...
+
+
+AnyMethod = TypeVar("AnyMethod", bound=Listed)
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class Run:
     memory_mb: float
 
 
-def choose(table: Mapping[str, Method], wanted: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
+def choose(table: Mapping[str, AnyMethod], wanted: Sequence[str] | None) -> tuple[list[AnyMethod], dict[str, str]]:
     """Methods to run, and those that cannot run with the reason.
 
     Raises
@@ -97,7 +119,7 @@ def _plain(name: str) -> str:
     return " ".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split()).removeprefix("annformer ")
 
 
-def _enough(chosen: list[Method], table: Mapping[str, Method]) -> list[Method]:
+def _enough(chosen: list[AnyMethod], table: Mapping[str, AnyMethod]) -> list[AnyMethod]:
     for kind, what in (("ours", "method of annformer"), ("floor", "baseline")):
         if not any(method.kind == kind for method in chosen):
             names = [name for name, method in table.items() if method.kind == kind]

@@ -36,7 +36,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
         "Verdict",
         Note(comparison.sentence),
         *map(Text, comparison.notes),
-        *_verdicts(comparison),
+        *verdict_blocks(comparison),
         intervals(comparison),
         Text(_how_judged(comparison)),
     )
@@ -45,12 +45,12 @@ def write_page(comparison: Comparison, path: Path) -> None:
     page.add("Types of cells", types(comparison), _types_table(comparison))
     if len(comparison.history):
         page.add("Training", curves(comparison))
-    page.add("The cells", Facts(found.cells), _cells_by(comparison))
+    page.add("The cells", Facts(found.cells), cells_by(comparison))
     page.add("Genes", Bullets(found.genes))
     page.add("The model", *[Text(text) for text in [found.card] if text], Facts(found.model))
     page.add("What the scores are", Facts(found.definitions))
     page.add("What this does not show", Bullets(_caveats(comparison)))
-    page.add("How to get this page again", Code(found.command), Facts(found.versions), *_skipped(comparison))
+    page.add("How to get this page again", Code(found.command), Facts(found.versions), *skipped(comparison))
     page.write(path)
 
 
@@ -90,9 +90,11 @@ def maps(comparison: Comparison) -> Figure:
 
 def types(comparison: Comparison) -> Figure:
     """Scores of every type by every method."""
-    chosen = _chosen(comparison)
+    methods = chosen(comparison)
     measures = {
-        words: comparison.per_label.pivot(index="label", columns="method", values=column).reindex(index=_labels(comparison), columns=chosen)
+        words: comparison.per_label.pivot(index="label", columns="method", values=column).reindex(
+            index=labels_of(comparison), columns=methods
+        )
         for column, words in LABEL_SCORES.items()
     }
     caption = (
@@ -131,7 +133,8 @@ def _summary(comparison: Comparison) -> str:
     )
 
 
-def _verdicts(comparison: Comparison) -> list[Block]:
+def verdict_blocks(comparison: Comparison) -> list[Block]:
+    """Verdicts as tables."""
     table, best = verdicts_table(comparison), comparison.verdicts["best_floor"].to_numpy()
     return [
         Table(table[best], "Against the best baseline by each score: the choice favours the baselines."),
@@ -155,8 +158,8 @@ def _scores(comparison: Comparison) -> list[Block]:
 
 def _types_table(comparison: Comparison) -> Table:
     """Ours beside the best floor of the overall score."""
-    best = _best_floor(comparison)
-    shared = comparison.per_label.drop_duplicates("label").set_index("label").loc[_labels(comparison)]
+    best = best_floor(comparison)
+    shared = comparison.per_label.drop_duplicates("label").set_index("label").loc[labels_of(comparison)]
     table = pd.DataFrame({"type": shared.index, "cells": shared["n"].astype(int).to_numpy()})
     table["batches"] = shared["n_batches"].astype(int).to_numpy()
     for column, words in LABEL_SCORES.items():
@@ -165,43 +168,51 @@ def _types_table(comparison: Comparison) -> Table:
     return Table(table.replace("nan / nan", "-"), f"{comparison.ours} / {best}, the best baseline in the overall score.")
 
 
-def _cells_by(comparison: Comparison) -> Table:
+def cells_by(comparison: Comparison) -> Table:
+    """How many cells of which type there are in which batch."""
     table = comparison.facts.cells_by
     return Table(table.reset_index(), f"Number of cells by {table.index.name} and {table.columns.name}.")
 
 
-def _skipped(comparison: Comparison) -> list[Block]:
+def skipped(comparison: Comparison) -> list[Block]:
+    """What was not run, and why."""
     if not comparison.facts.skipped:
         return []
     named = "; ".join(f"{name} ({why})" for name, why in comparison.facts.skipped.items())
     return [Note(f"Not run here, and so not beaten either: {named}.")]
 
 
-def _labels(comparison: Comparison) -> list[str]:
+def labels_of(comparison: Comparison) -> list[str]:
     """Types, the most frequent first."""
     counted = comparison.per_label.drop_duplicates("label").sort_values("n", ascending=False, kind="stable")
     return counted["label"].to_list()
 
 
-def _best_floor(comparison: Comparison) -> str:
-    rows = comparison.verdicts[(comparison.verdicts["score"] == "overall") & comparison.verdicts["best_floor"]]
+def best_floor(comparison: Comparison) -> str:
+    """By the score that decides first."""
+    rows = comparison.verdicts[(comparison.verdicts["score"] == comparison.judged[0]) & comparison.verdicts["best_floor"]]
     return str(rows["other"].iloc[0])
 
 
-def _chosen(comparison: Comparison) -> list[str]:
-    """Ours, then the others by their overall score, without the control: no more than can be told apart."""
+def chosen(comparison: Comparison) -> list[str]:
+    """Ours, then the others by the score that decides first, without the control: no more than can be told apart."""
     means = comparison.means()
     others = means[(means["method"] != comparison.ours) & (means["kind"] != "control")]["method"].to_list()
     return [comparison.ours, *others][:_MOST_DOTS]
 
 
 def _how_judged(comparison: Comparison) -> str:
+    return how_judged(comparison, "with its clusters and neighbours as they are")
+
+
+def how_judged(comparison: Comparison, fixed: str) -> str:
+    """Say how a verdict comes about; what is `fixed` is not made anew for a draw."""
     n, lost = comparison.n_units, comparison.n_left_out
     wider = "" if n is None else f", made {widening(n):.2f} times as wide: drawing {n} batches understates what others would change"
     left_out = f"{lost:,} draws without a cell that tells types or mixing were left out. " if lost else ""
     return (
         f"How a verdict comes about: {comparison.n_draws:,} bootstrap draws of {comparison.unit}; every method is scored on the same "
-        f"draws, with its clusters and neighbours as they are and its seeds averaged. {left_out}The interval holds the middle 95 % of the "
+        f"draws, {fixed} and its seeds averaged. {left_out}The interval holds the middle 95 % of the "
         f"differences{wider}. 'beats' means that it lies above 0, 'loses' that it lies below; else it is a tie."
     )
 

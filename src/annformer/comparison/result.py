@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+
+from annformer.comparison.verdicts import VERDICTS
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,14 @@ class Comparison:
     """Whether to trust it."""
     notes: Sequence[str] = ()
     """What else the verdicts say, a sentence each."""
+    judged: Sequence[str] = VERDICTS
+    """The scores that get verdicts, the one that decides first."""
+    more_tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Further files that the task has, or other contents for the usual ones."""
 
     def means(self) -> pd.DataFrame:
-        """Scores, seconds and memory by method, averaged over its seeds, with `seeds`; the best overall score first."""
+        """Scores, seconds and memory by method, averaged over its seeds, with `seeds`; the best by the score that decides first."""
         numbers = self.scores.drop(columns=["seed"])
         table = numbers.groupby(["method", "kind"], sort=False).mean(numeric_only=True).reset_index()
         table.insert(2, "seeds", numbers.groupby("method", sort=False).size().to_numpy())
-        return table.sort_values("overall", ascending=False, kind="stable", ignore_index=True)
+        return table.sort_values(self.judged[0], ascending=False, kind="stable", ignore_index=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from annformer.comparison.result import Comparison
-from annformer.comparison.verdicts import VERDICTS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,7 +17,8 @@ COLOURS = {"beats": "green", "loses": "red", "ties": "yellow"}
 
 def csv_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
     """File name -> table with every number at full length."""
-    return {"scores.csv": comparison.scores, "verdicts.csv": comparison.verdicts, "per_type.csv": comparison.per_label}
+    tables = {"scores.csv": comparison.scores, "verdicts.csv": comparison.verdicts, "per_type.csv": comparison.per_label}
+    return tables | dict(comparison.more_tables)
 
 
 def obsm_key(method: str, ours: str) -> str:
@@ -29,14 +29,14 @@ def obsm_key(method: str, ours: str) -> str:
 def scores_table(comparison: Comparison) -> pd.DataFrame:
     """Methods in rows, best first: the scores that get verdicts, seconds, memory."""
     means = comparison.means()
-    spread = comparison.scores.groupby("method")[list(VERDICTS)].std(ddof=1)
+    spread = comparison.scores.groupby("method")[list(comparison.judged)].std(ddof=1)
     table = means[["method", "kind", "seeds"]].copy()
-    for score in VERDICTS:
+    for score in comparison.judged:
         table[score.replace("_", " ")] = [
             f"{mean:.3f}" if pd.isna(sd) else f"{mean:.3f} ± {sd:.3f}"
             for mean, sd in zip(means[score], spread[score][means["method"]], strict=True)
         ]
-    run = means["kind"] != "control"
+    run = (means["kind"] != "control") & means["seconds"].notna()
     table["seconds"] = [f"{value:.1f}" if ok else "-" for value, ok in zip(means["seconds"], run, strict=True)]
     table["memory, MB"] = [f"{value:,.0f}" if ok else "-" for value, ok in zip(means["memory_mb"], run, strict=True)]
     return table
@@ -63,7 +63,7 @@ def on_terminal(comparison: Comparison) -> Iterable[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    scores = Table(title="Scores, best overall first", title_justify="left")
+    scores = Table(title=f"Scores, best {comparison.judged[0].replace('_', ' ')} first", title_justify="left")
     table = scores_table(comparison)
     for column in table:
         scores.add_column(str(column), justify="left" if column in ("method", "kind") else "right", no_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -13,8 +13,10 @@ from annformer.durations import in_words
 from annformer.evaluate.integration import UNLABELLED
 from annformer.evaluate.verdict import FEWEST_UNITS, verdict
 
-VERDICTS: Final = ("overall", "avg_bio", "avg_batch")
-"""The scores that get verdicts."""
+IN_WORDS: Final = {"overall": "the overall score", "avg_bio": "keeping types apart", "avg_batch": "mixing batches"}
+"""The scores of integration that get verdicts, the one that decides first -> what it is to be good in them."""
+VERDICTS: Final = tuple(IN_WORDS)
+"""Their names."""
 
 
 def units_drawn(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> int | None:
@@ -37,7 +39,11 @@ def usable(drawn: Mapping[str, Float[np.ndarray, "draw score"]]) -> Bool[np.ndar
 
 
 def verdict_table(
-    means: pd.DataFrame, drawn: Mapping[str, Float[np.ndarray, "draw score"]], ours: str, n_units: int | None = None
+    means: pd.DataFrame,
+    drawn: Mapping[str, Float[np.ndarray, "draw score"]],
+    ours: str,
+    n_units: int | None = None,
+    scores: Sequence[str] = VERDICTS,
 ) -> pd.DataFrame:
     """Judge `ours` against every other method.
 
@@ -46,15 +52,17 @@ def verdict_table(
     means
         One row per method, averaged over seeds: method, kind, and the scores.
     drawn
-        Method -> its scores on the same draws, averaged over seeds; the columns are `VERDICTS`.
+        Method -> its scores on the same draws, averaged over seeds; the columns are `scores`.
     n_units
         Batches that were drawn, None where it were cells.
+    scores
+        Those that get verdicts.
     """
     defined = usable(drawn)
     by_method = means.set_index("method")
     floors = by_method[by_method["kind"] == "floor"]
     rows = []
-    for n, score in enumerate(VERDICTS):
+    for n, score in enumerate(scores):
         best = floors[score].idxmax()
         others = by_method.drop(index=ours).sort_values(score, ascending=False, kind="stable")
         for other in sorted(others.index, key=lambda name: name != best):
@@ -66,22 +74,29 @@ def verdict_table(
     return pd.DataFrame(rows)
 
 
-def sentence(verdicts: pd.DataFrame, means: pd.DataFrame) -> str:
-    """Say in one sentence whether to trust `ours` on these cells."""
+def sentence(verdicts: pd.DataFrame, means: pd.DataFrame, scores: Mapping[str, str] = IN_WORDS) -> str:
+    """Say in one sentence whether to trust `ours` on these cells.
+
+    Parameters
+    ----------
+    scores
+        Those with verdicts, the one that decides first -> what it is to be good in them.
+    """
     best = verdicts[verdicts["best_floor"]].set_index("score")
-    overall = next(row for score, row in best.iterrows() if score == "overall")
-    words = {score: str(best.loc[score, "verdict"]) for score in VERDICTS}
-    verb = {"beats": "beats", "ties": "ties with", "loses": "loses to"}[words["overall"]]
+    first, *others = scores
+    decides = next(row for score, row in best.iterrows() if score == first)
+    words = {score: str(best.loc[score, "verdict"]) for score in scores}
+    verb = {"beats": "beats", "ties": "ties with", "loses": "loses to"}[words[first]]
     stands = {"beats": "ahead of", "ties": "level with", "loses": "behind"}
-    bio, batch = (f"{stands[words[score]]} {best['other'].astype(str)[score]}" for score in ("avg_bio", "avg_batch"))
-    parts = f"against the best in each: {bio} in keeping types apart, {batch} in mixing batches"
-    claim = f"{overall['ours']} {verb} the best baseline, {overall['other']}, in the overall score ({_between(overall)}; {parts})"
-    return f"On these cells {claim}: {_advice(str(overall['ours']), str(overall['other']), words, means)}."
+    parts = ", ".join(f"{stands[words[score]]} {best['other'].astype(str)[score]} in {scores[score]}" for score in others)
+    in_each = f"against the best in each: {parts}" if len(others) > 1 else f"{parts}, the best in that"
+    claim = f"{decides['ours']} {verb} the best baseline, {decides['other']}, in {scores[first]} ({_between(decides)}; {in_each})"
+    return f"On these cells {claim}: {_advice(str(decides['ours']), str(decides['other']), words, means, scores)}."
 
 
-def held_against(verdicts: pd.DataFrame, others: Mapping[str, str]) -> list[str]:
-    """Say how `ours` does in the overall score against those of `others` (name -> what it is) that were run, a sentence each."""
-    rows = {str(row["other"]): row for _, row in verdicts[verdicts["score"] == "overall"].iterrows()}
+def held_against(verdicts: pd.DataFrame, others: Mapping[str, str], score: str = "overall") -> list[str]:
+    """Say how `ours` does in one score against those of `others` (name -> what it is) that were run, a sentence each."""
+    rows = {str(row["other"]): row for _, row in verdicts[verdicts["score"] == score].iterrows()}
     said = {"beats": "better than {}", "ties": "no better and no worse than {}", "loses": "worse than {}, which is to be preferred here"}
     return [
         f"{rows[other]['ours']} is {said[rows[other]['verdict']].format(f'{other}, {what}')} ({_between(rows[other])})."
@@ -98,11 +113,12 @@ def _between(row: pd.Series) -> str:
     return f"{row['difference']:+.3f}, 95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
 
 
-def _advice(ours: str, other: str, words: Mapping[str, str], means: pd.DataFrame) -> str:
-    if words["overall"] == "ties":
+def _advice(ours: str, other: str, words: Mapping[str, str], means: pd.DataFrame, scores: Mapping[str, str]) -> str:
+    first, *others = scores
+    if words[first] == "ties":
         seconds = means.set_index("method")["seconds"]
         return f"use whichever is handier ({ours} took {in_words(seconds[ours])}, {other} {in_words(seconds[other])})"
-    won = words["overall"] == "beats"
+    won = words[first] == "beats"
     against = "loses" if won else "beats"
-    but = [what for score, what in (("avg_bio", "keeping types apart"), ("avg_batch", "mixing batches")) if words[score] == against]
+    but = [scores[score] for score in others if words[score] == against]
     return f"use {ours if won else other}" + (f", unless {but[0]} is what matters to you" if but else "")

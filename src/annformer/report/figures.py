@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from annformer.report.stills import COLOURS, SYMBOLS, Lines, dots_png, lines_png, scatter_png
+from annformer.report.stills import COLOURS, SYMBOLS, Lines, dots_png, heat_png, lines_png, scatter_png
 
 _DIGITS = 4
 
@@ -25,7 +25,7 @@ class Figure:
     alt: str
     """What the picture shows, for those who do not see it."""
     payload: Mapping[str, Any]
-    """What the page's script draws: {"kind": "scatter" | "lines" | "dots", ...}."""
+    """What the page's script draws: {"kind": "scatter" | "lines" | "dots" | "heat", ...}."""
     png: bytes
     kind: str = field(default="figure", init=False)
 
@@ -41,6 +41,7 @@ def scatter_figure(
     *,
     colour_by: Sequence[str] | None = None,
     hover: Sequence[str] | None = None,
+    alike: Mapping[str, str] | None = None,
     caption: str,
     point: str = "cell",
 ) -> Figure:
@@ -57,6 +58,8 @@ def scatter_figure(
         of them, side by side. By default the first column.
     hover
         Name of each point, shown under the pointer; by default the row names of `columns`.
+    alike
+        Column -> another whose colours and shapes it shares, category by category.
     caption
         Stands under the picture.
     point
@@ -65,6 +68,8 @@ def scatter_figure(
     shown = [str(columns.columns[0])] if colour_by is None else list(colour_by)
     names = [str(name) for name in (columns.index if hover is None else hover)]
     described = {str(column): _column(columns[column]) for column in columns}
+    for name, other in (alike or {}).items():
+        described[name] = _column(columns[name], described[other]["levels"])
     payload = {
         "kind": "scatter",
         "colours": COLOURS,
@@ -138,12 +143,34 @@ def dot_figure(
     return Figure(caption=caption, alt=alt, payload=payload, png=dots_png(measures, intervals or {}, marked, x))
 
 
-def _column(values: pd.Series) -> dict[str, Any]:
-    """Describe a column as categories (codes into levels, most frequent first) or numbers."""
+def heat_figure(tables: Mapping[str, pd.DataFrame], *, x: str, y: str, caption: str) -> Figure:
+    """Draw tables of counts side by side, each row coloured by the shares of its columns.
+
+    Parameters
+    ----------
+    tables
+        Title -> counts; all have the same rows and columns.
+    x, y
+        What columns and rows are.
+    """
+    first = next(iter(tables.values()))
+    rows, columns = [str(row) for row in first.index], [str(column) for column in first.columns]
+    shares = {title: 100 * table.div(table.sum(axis=1).clip(lower=1), axis=0) for title, table in tables.items()}
+    panels = [
+        {"title": title, "shares": [_rounded(row) for row in shares[title].to_numpy()], "counts": table.to_numpy().tolist()}
+        for title, table in tables.items()
+    ]
+    payload = {"kind": "heat", "x": x, "y": y, "rows": rows, "columns": columns, "panels": panels}
+    alt = f"Tables in colours ({', '.join(tables)}): shares of {x} ({', '.join(columns)}) for each {y} ({', '.join(rows)})."
+    return Figure(caption=caption, alt=alt, payload=payload, png=heat_png(shares, x, y))
+
+
+def _column(values: pd.Series, first: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe a column as categories (codes into levels: those of `first`, then the most frequent) or numbers."""
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         return {"numbers": _rounded(values.to_numpy(dtype=float))}
     text = values.astype(object).where(values.notna(), "(missing)").astype(str)
-    levels = list(text.value_counts(sort=True).index)
+    levels = list(dict.fromkeys([*first, *text.value_counts(sort=True).index]))
     place = {level: n for n, level in enumerate(levels)}
     return {"levels": levels, "codes": [place[value] for value in text]}
 

@@ -20,6 +20,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down
 """Marker shapes by plotly's names; seven and eight have no common divisor, so 56 categories look different."""
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "triangle-down": "v", "star": "*"}
 _DASHES = ("-", "--", ":", "-.")
+MOST_NUMBERED = 15
+"""Rows or columns up to which percentages are written into a table of colours."""
 _MANY = 4
 """Maps in one picture from which on they are drawn smaller."""
 
@@ -113,6 +115,25 @@ def dots_png(
     if len(first.columns) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def heat_png(shares: Mapping[str, pd.DataFrame], x: str, y: str) -> bytes:
+    """Draw tables of percentages in colours, side by side; numbers stand in them where there is room."""
+    first = next(iter(shares.values()))
+    labels = 0.08 * max(len(str(name)) for name in (*first.index, *first.columns))
+    side = max(2.2, 0.34 * max(first.shape))
+    figure, axes = _canvas(1, len(shares), width=(side + labels + 0.4) * len(shares) + 0.8, height=side + labels + 0.9)
+    for axis, (title, table) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(table.to_numpy(), cmap="Blues", vmin=0, vmax=100)
+        axis.set(title=title, xlabel=x, xticks=range(table.shape[1]), yticks=range(len(table)), yticklabels=list(map(str, table.index)))
+        axis.set_xticklabels(list(map(str, table.columns)), rotation=90)
+        axis.tick_params(labelsize=8)
+        for (row, column), value in np.ndenumerate(table.to_numpy()):
+            if value >= 1 and max(table.shape) <= MOST_NUMBERED:
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 55 else "black")
+    axes[0].set_ylabel(y)
+    figure.colorbar(image, ax=axes, label="% of the row", shrink=0.7)
     return _png(figure)
 
 

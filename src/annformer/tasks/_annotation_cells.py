@@ -58,7 +58,11 @@ def read_reference(
     InputError
         When a column is missing or has gaps, or there are fewer than two types.
     """
-    columns = [label_key] if batch_key is None else [label_key, batch_key]
+    source.codes("label", label_key)  # before the cells are read, and under the names that the user knows
+    columns = [label_key]
+    if batch_key is not None:
+        source.codes("batch", batch_key)
+        columns.append(batch_key)
     base = base_of_logarithm(source, vocab)
     every = MemoryCells(source, vocab, columns).changed(lambda cells: in_counts(cells, base))
     names = np.asarray(every.categories(label_key), dtype=object)
