@@ -206,6 +206,18 @@ def test_batches_are_held_back_as_a_whole(model, reference):
     assert all(len(set(found.folds[(reference.obs["batch"] == name).to_numpy()])) == 1 for name in ("b0", "b1", "b2"))
 
 
+def test_of_many_cells_some_are_drawn_and_rare_types_are_kept(model, reference):
+    from annformer.tasks import _annotation_cells
+
+    found = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none", most_cells=120)).fit(reference)
+    counts = reference.obs["cell_type"].value_counts()
+    assert sum(found.n_cells_) == 120
+    codes = np.repeat([0, 1], [5000, 30])
+    drawn = _annotation_cells._drawn(codes, 500, 0)
+    assert len(drawn) == 500 and (codes[drawn] == 1).sum() == 30
+    assert len(set(drawn)) == 500 and counts.sum() == 400
+
+
 def quick(**more):
     return AnnotationRecipe.read({**TUNED, **more}, where="test")
 

@@ -29,6 +29,8 @@ NO_TYPE = (*UNLABELLED, UNASSIGNED, "")
 """What stands where a cell has no type."""
 FEWEST_CELLS = 3
 """Cells that express a gene before anything is learned from it."""
+KEPT_WHOLE = 100
+"""Cells that a type keeps when cells are drawn."""
 CELLS_LOOKED_AT = 512
 LEAST_SHARE, GOOD_SHARE = 0.5, 0.9
 """Of the genes of the reference: below the first share cells are refused, below the second a warning says so."""
@@ -49,9 +51,21 @@ class Reference(NamedTuple):
 
 
 def read_reference(
-    source: AnnDataSource, vocab: GeneVocab, *, label_key: str, batch_key: str | None, n_folds: int, seed: int
+    source: AnnDataSource,
+    vocab: GeneVocab,
+    *,
+    label_key: str,
+    batch_key: str | None,
+    n_folds: int,
+    seed: int,
+    most_cells: int | None = None,
 ) -> tuple[Reference, int]:
     """Read the cells that have a type; say how many have none.
+
+    Parameters
+    ----------
+    most_cells
+        Where there are more of them, and more genes, so many are drawn: linear parts cost as the smaller of both numbers grows.
 
     Raises
     ------
@@ -75,6 +89,11 @@ def read_reference(
     if len(types) > max(20, len(rows) // 2):
         found = f"obs[{label_key!r}] has {len(types):,} values for {len(rows):,} cells"
         raise input_error(found, "types that many cells share", "name another column with label_key (--label_key)")
+    if most_cells is not None and min(len(rows), len(expressed_genes(every))) > most_cells:
+        said = "%s of %s cells are learned from (most_cells in the recipe); types of few cells are kept whole"
+        log.info(said, f"{most_cells:,}", f"{len(rows):,}")
+        drawn = _drawn(codes, most_cells, seed)
+        rows, codes = rows[drawn], codes[drawn]
     if len(alone := types[np.bincount(codes) == 1]):
         listed = ", ".join(map(repr, alone[:5]))
         msg = f"{len(alone)} types have one cell each ({listed}): they are learned, but how well cannot be told"
@@ -89,6 +108,18 @@ def read_reference(
         fold[part.test] = number
     strata = None if groups is not None else _by_depth(cells.whole, n_folds)
     return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata), len(labels) - len(rows)
+
+
+def _drawn(codes: Int[np.ndarray, "cell"], n: int, seed: int) -> Int[np.ndarray, "drawn"]:
+    """Draw `n` cells, of every type its share but at least `KEPT_WHOLE`, or all that it has."""
+    order = np.random.default_rng(seed).permutation(len(codes))
+    place = np.empty(len(codes), np.int64)  # of each cell among those of its type
+    for code in np.unique(codes):
+        members = order[codes[order] == code]
+        place[members] = np.arange(len(members))
+    first = order[place[order] < KEPT_WHOLE]
+    others = order[place[order] >= KEPT_WHOLE]
+    return np.sort(np.concatenate([first, others])[:n])
 
 
 def _by_depth(cells: CellBatch, n: int) -> Int[np.ndarray, "cell"]:

@@ -31,6 +31,8 @@ class AnnotationRecipe(Recipe):
     """A type of n cells counts as n^(1 - balance) in what is minimised."""
     n_folds: int = Field(ge=2)
     """Every cell is held back once, in one of so many folds; the network, when it is tuned, holds back the first."""
+    most_cells: int = Field(gt=1)
+    """Where a reference has more cells and more genes than this, so many cells are drawn; rare types are kept."""
     n_genes: int = Field(gt=0)
     """Highly variable genes that the tuned network reads; the linear parts read all."""
     zeros: Annotated[float, Field(ge=0)] | Literal["all"]

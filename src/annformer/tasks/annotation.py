@@ -154,7 +154,13 @@ class CellTypeClassifier:
 
     def _read(self, source: AnnDataSource, vocab: GeneVocab, recipe: AnnotationRecipe) -> Reference:
         reference, n_untyped = read_reference(
-            source, vocab, label_key=self.label_key, batch_key=self.batch_key, n_folds=recipe.n_folds, seed=self.seed
+            source,
+            vocab,
+            label_key=self.label_key,
+            batch_key=self.batch_key,
+            n_folds=recipe.n_folds,
+            seed=self.seed,
+            most_cells=recipe.most_cells if recipe.depths else None,
         )
         require_enough(expressed_genes(reference.cells))
         self.match_ = source.match(vocab)
