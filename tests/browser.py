@@ -46,5 +46,9 @@ def seen_without_scripts(page: Path, profile: Path) -> np.ndarray:
 
     frame, shot = page.with_name("still.html"), page.with_name("still.png")
     frame.write_text(f'<body style="margin: 0"><iframe sandbox src="{page.name}" style="width: 800px; height: 6000px; border: 0"></iframe>')
-    chromium(frame, profile, "--window-size=800,6000", f"--screenshot={shot}")
-    return imread(shot)[:, :, :3]
+    for _ in range(4):  # on a busy machine the picture may be taken before the frame is painted
+        chromium(frame, profile, "--window-size=800,6000", f"--screenshot={shot}")
+        image = imread(shot)[:, :, :3]
+        if (image < 1).any():
+            break
+    return image

@@ -121,6 +121,26 @@ def test_more_coverage_means_larger_sets(fitted, query):
     assert sizes[0] <= sizes[1] <= sizes[2] and sizes[0] < sizes[2]
 
 
+def test_novelty_of_known_types_is_a_percentile(fitted, query):
+    novelty = fitted.novelty(query)
+    assert 0.42 < novelty.mean() < 0.58
+    assert 0.03 < (novelty > 0.9).mean() < 0.2
+
+
+def test_types_that_one_batch_has_alone_do_not_spoil_the_rest(model, genes):
+    cells = typed(genes, 400, 0)
+    cells.obs["batch"] = np.where(cells.obs["cell_type"] == "gamma", "b2", np.where(np.arange(400) % 2, "b0", "b1"))
+    others = (cells.obs["cell_type"] != "gamma").to_numpy()
+    recipe = quick(tuning="none")
+    whole = CellTypeClassifier(model, label_key="cell_type", batch_key="batch", recipe=recipe).fit(cells)
+    without = CellTypeClassifier(model, label_key="cell_type", batch_key="batch", recipe=recipe).fit(cells[others].copy())
+    new = typed(genes, 200, 5)
+    known = new[new.obs["cell_type"] != "gamma"].copy()
+    sure = [one.predict(known, copy=True).obs["predicted_cell_type_confidence"].mean() for one in (whole, without)]
+    assert sure[0] > sure[1] - 0.05
+    assert whole.predict_sets(known).sum(axis=1).mean() < 1.6
+
+
 def test_few_cells_of_known_types_and_most_of_a_new_type_are_unassigned(fitted, genes, called):
     assert (called["predicted_cell_type"] == UNASSIGNED).mean() < 0.04
     new = typed(genes, 60, 2, types=("delta",), depth=2000)
@@ -216,6 +236,8 @@ def test_of_many_cells_some_are_drawn_and_rare_types_are_kept(model, reference):
     drawn = _annotation_cells._drawn(codes, 500, 0)
     assert len(drawn) == 500 and (codes[drawn] == 1).sum() == 30
     assert len(set(drawn)) == 500 and counts.sum() == 400
+    many = np.append(np.repeat(np.arange(70), 200), 70)
+    assert len(set(many[_annotation_cells._drawn(many, 6000, 0)])) == 71
 
 
 def quick(**more):
@@ -238,6 +260,13 @@ def test_the_network_is_tuned(model, reference, query, tuning):
 def test_from_scratch_begins_at_random_weights(model, reference):
     scratch = CellTypeClassifier(model, label_key="cell_type", pretrained=False, seed=1, threads=1).fit(reference)
     assert not torch.equal(scratch.model_.encoder.gene.weight, model.encoder.gene.weight)
+
+
+def test_logarithms_are_not_tuned_on(model, reference):
+    cells = reference.copy()
+    cells.X = cells.X.log1p() * 0.7
+    with pytest.raises(InputError, match="no counts"):
+        CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="full")).fit(cells)
 
 
 def test_a_type_of_one_cell_is_learned_with_a_warning(model, reference, genes):

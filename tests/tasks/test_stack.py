@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 
 from annformer.tasks._novelty import fit_novelty
-from annformer.tasks._stack import fit_stack
+from annformer.tasks._stack import Abroad, fit_stack
 
 
 def planted(n, seed=0, shares=(0.7, 0.25, 0.05)):
@@ -48,7 +48,7 @@ def test_what_parts_are_worth_is_told_by_cells_that_differ_and_how_sure_to_be_by
     fragile = [logits + noise[0], 3 * logits]  # knows all of cells alike, and nothing of others
     abroad = [logits + noise[0], np.random.default_rng(6).normal(size=logits.shape)]
     assert fit_stack(fragile, codes, np.bincount(codes)).weights[1] > 0.2
-    robust = fit_stack(fragile, codes, np.bincount(codes), abroad=abroad)
+    robust = fit_stack(fragile, codes, np.bincount(codes), abroad=Abroad(abroad, np.arange(len(codes))))
     alone = fit_stack(fragile[:1], codes, np.bincount(codes))
     assert robust.weights[1] < 0.05 and robust.weights[0] == pytest.approx(alone.weights[0], rel=0.1)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.random_cells import MemoryCells
@@ -94,7 +94,7 @@ def read_reference(
         log.info(said, f"{most_cells:,}", f"{len(rows):,}")
         drawn = _drawn(codes, most_cells, seed)
         rows, codes = rows[drawn], codes[drawn]
-    if len(alone := types[np.bincount(codes) == 1]):
+    if len(alone := types[np.bincount(codes, minlength=len(types)) == 1]):
         listed = ", ".join(map(repr, alone[:5]))
         msg = f"{len(alone)} types have one cell each ({listed}): they are learned, but how well cannot be told"
         warnings.warn(msg, AnnformerWarning, stacklevel=4)
@@ -118,6 +118,7 @@ def _drawn(codes: Int[np.ndarray, "cell"], n: int, seed: int) -> Int[np.ndarray,
         members = order[codes[order] == code]
         place[members] = np.arange(len(members))
     first = order[place[order] < KEPT_WHOLE]
+    first = first[np.argsort(place[first], kind="stable")]  # with very many types: one cell of each before the second of any
     others = order[place[order] >= KEPT_WHOLE]
     return np.sort(np.concatenate([first, others])[:n])
 
@@ -165,23 +166,40 @@ def expressed_genes(cells: MemoryCells) -> Int[np.ndarray, "gene"]:
     return np.sort(batch.gene_ids[np.bincount(batch.counts.indices, minlength=len(batch.gene_ids)) >= FEWEST_CELLS])
 
 
-def library_sizes(cells: CellBatch) -> np.ndarray:
-    """Sum of all counts of every cell; 1 where it has none."""
-    size = np.asarray(cells.counts.sum(axis=1), np.float64).reshape(-1)
-    return np.where(size > 0, size, 1.0)
+class Selected(NamedTuple):
+    """Some genes of some cells, in the order that was asked for."""
+
+    counts: sp.csr_matrix
+    sizes: Float[np.ndarray, "cell"]
+    """Sum of the counts of every cell over the genes that the reference measured; 1 where it has none."""
+    missing: Int[np.ndarray, "missing"]
+    """Places of genes that were not measured: their counts are 0."""
+
+    def at(self, depth: float) -> sp.csr_matrix:
+        """log(1 + depth x count / sum of counts)."""
+        scale = np.repeat(depth / self.sizes, np.diff(self.counts.indptr))
+        values = np.log1p(self.counts.data * scale).astype(np.float32)
+        return sp.csr_matrix((values, self.counts.indices, self.counts.indptr), shape=self.counts.shape)
 
 
-def log_expression(cells: CellBatch, genes: Int[np.ndarray, "gene"], depth: float) -> tuple[sp.csr_matrix, Int[np.ndarray, "missing"]]:
-    """log(1 + depth x count / library size) of some genes, in their order, and the places of those that were not measured (0)."""
-    places = np.searchsorted(cells.gene_ids, genes, sorter=(order := np.argsort(cells.gene_ids)))
-    places = order[np.minimum(places, len(order) - 1)]
+def select(cells: CellBatch, genes: Int[np.ndarray, "gene"], measured: Int[np.ndarray, "measured"]) -> Selected:
+    """Take genes out of cells, and the sizes of the cells over the genes that the reference measured."""
+    csc = sp.csc_matrix(cells.counts)
+    known = np.isin(cells.gene_ids, measured).astype(np.float64)
+    sizes = np.asarray(csc @ known).reshape(-1)
+    order = np.argsort(cells.gene_ids)
+    places = order[np.minimum(np.searchsorted(cells.gene_ids, genes, sorter=order), len(order) - 1)]
     there = cells.gene_ids[places] == genes
-    counts = sp.csc_matrix(cells.counts)[:, places[there]].tocsr()
-    scale = np.repeat(depth / library_sizes(cells), np.diff(counts.indptr))
-    values = np.log1p(counts.data * scale).astype(np.float32)
-    columns = np.flatnonzero(there)
-    expression = sp.csr_matrix((values, columns[counts.indices], counts.indptr), shape=(counts.shape[0], len(genes)))
-    return expression, np.flatnonzero(~there)
+    part = csc[:, places[there]].tocsr()
+    counts = sp.csr_matrix((part.data, np.flatnonzero(there)[part.indices], part.indptr), shape=(part.shape[0], len(genes)))
+    return Selected(counts, np.where(sizes > 0, sizes, 1.0), np.flatnonzero(~there))
+
+
+def learnable(codes: Int[np.ndarray, "cell"], parts: Int[np.ndarray, "cell"]) -> Bool[np.ndarray, "cell"]:
+    """Whether the type of a cell is among the cells that are learned from when its part is held back."""
+    table = np.zeros((int(codes.max()) + 1, int(parts.max()) + 1), np.int64)
+    np.add.at(table, (codes, parts), 1)
+    return table.sum(axis=1)[codes] > table[codes, parts]
 
 
 def require_enough(genes: Int[np.ndarray, "gene"]) -> None:

@@ -37,7 +37,7 @@ class AnnotationRecipe(Recipe):
     """Highly variable genes that the tuned network reads; the linear parts read all."""
     zeros: Annotated[float, Field(ge=0)] | Literal["all"]
     max_length: int = Field(ge=2)
-    """Most tokens of a cell; of the frozen network too."""
+    """Most tokens of a cell that the tuned network reads; a frozen one reads as many as it did."""
     cls_value: float | None
     """Value at `<cls>`; None: the one that the model knows."""
     view: bool

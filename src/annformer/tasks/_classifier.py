@@ -23,12 +23,12 @@ from annformer.tasks._annotation_cells import (
     base_of_logarithm,
     expressed_genes,
     in_counts,
-    library_sizes,
-    log_expression,
+    learnable,
+    select,
 )
 from annformer.tasks._linear_part import Linear, fit_linear
 from annformer.tasks._novelty import Novelty, Space, fit_novelty
-from annformer.tasks._stack import Stack, fit_stack
+from annformer.tasks._stack import Abroad, Stack, fit_stack
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
 
@@ -69,12 +69,16 @@ class Classifier:
 
     genes: Int[np.ndarray, "gene"]
     """Ids of the genes that the linear parts read."""
+    measured: Int[np.ndarray, "measured"]
+    """Ids of all genes of the reference: over them the size of a cell is counted."""
     depths: tuple[float, ...]
     """Counts to which cells are scaled before the logarithm, one for each linear part; the last is that of the novelty."""
     linears: tuple[Linear, ...]
     head: Linear | None
     stack: Stack
     novelty: Novelty
+    alone: dict[str, Stack]
+    """The parts by themselves, `expression` and `network`: likewise weighed and tilted."""
     held_back: dict[str, float]
     """Scores on the cells that no part had learned from; their weights, few numbers, did."""
 
@@ -88,31 +92,37 @@ class Classifier:
         among cells alike the network may seem worth much that other cells, which is what a query is, do not bear out.
         """
         cells, codes, n_types = reference.cells.whole, reference.codes, len(reference.types)
-        median = float(np.median(library_sizes(cells)))
         genes = expressed_genes(reference.cells)
-        held_back = np.arange(len(codes)) if network is None else network.rows
+        selected = select(cells, genes, cells.gene_ids)
+        median = float(np.median(selected.sizes))
+        told = learnable(codes, reference.folds)
+        held_back = np.flatnonzero(told if told.any() else ~told) if network is None else network.rows[told[network.rows]]
         strata = reference.strata if network is not None and network.abroad is not None else None
+        abroad_rows = np.zeros(0, np.int64) if strata is None else np.flatnonzero(learnable(codes, strata)[held_back])
         linears, parts, abroad = [], [], []
         for depth in depths:
-            expression, _ = log_expression(cells, genes, depth * median)
-            fitted = fit_linear(expression, codes, n_types, reference.folds, strengths=strengths, balance=balance, strata=strata)
+            fitted = fit_linear(
+                selected.at(depth * median), codes, n_types, reference.folds, strengths=strengths, balance=balance, strata=strata
+            )
             log.debug("log expression at %g counts: strength %g", depth * median, fitted.strength)
             linears.append(fitted.linear)
             parts.append(fitted.out_of_fold[held_back])
             if fitted.out_of_stratum is not None:
-                abroad.append(fitted.out_of_stratum)
+                abroad.append(fitted.out_of_stratum[held_back][abroad_rows])
         if network is not None:
-            parts.append(network.logits)
+            parts.append(network.logits[told[network.rows]])
             if network.abroad is not None:
-                abroad.append(network.abroad)
-        sizes = np.bincount(codes, minlength=n_types)
-        stack = fit_stack(parts, codes[held_back], sizes, abroad=abroad or None)
-        doubt = -np.exp(stack.log_probabilities(parts).max(axis=1))
-        middle, _ = log_expression(cells, genes, median)
-        novelty = fit_novelty(middle, codes, n_types, reference.folds, held_back, doubt)
+                abroad.append(network.abroad[held_back][abroad_rows])
+        sizes, truth = np.bincount(codes, minlength=n_types), codes[held_back]
+        stack = fit_stack(parts, truth, sizes, abroad=Abroad(abroad, abroad_rows) if len(abroad_rows) else None)
+        logs, n = stack.log_probabilities(parts), len(linears)
+        groups = {"expression": parts[:n], NETWORK: parts[n:]}
+        alone = {name: fit_stack(group, truth, sizes) for name, group in groups.items() if group}
+        novelty = fit_novelty(selected.at(median), codes, n_types, reference.folds, held_back, -np.exp(logs.max(axis=1)))
+        scores = _scores(truth, stack.called(logs), int(sizes.argmax()))
         head = None if network is None else network.head
-        scores = _scores(codes[held_back], stack.called(stack.log_probabilities(parts)), int(np.bincount(codes).argmax()))
-        return cls(genes, (*(depth * median for depth in depths), median), tuple(linears), head, stack, novelty, scores)
+        scaled = (*(depth * median for depth in depths), median)
+        return cls(genes, cells.gene_ids, scaled, tuple(linears), head, stack, novelty, alone, scores)
 
     def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
         """Logits of the linear parts, and distance to the nearest type, of all cells of a source; NaN where no gene is expressed."""
@@ -123,12 +133,13 @@ class Classifier:
         )
 
     def _read(self, cells: CellBatch) -> tuple[list[np.ndarray], np.ndarray]:
-        logits = []
-        for depth, linear in zip(self.depths, self.linears, strict=False):
-            expression, missing = log_expression(cells, self.genes, depth)
-            logits.append(linear.logits(expression) + linear.mean[missing] @ linear.weight[missing])
-        middle, _ = log_expression(cells, self.genes, self.depths[-1])
-        far = self.novelty.space.distance(middle)
+        selected = select(cells, self.genes, self.measured)
+        missing = selected.missing
+        logits = [
+            linear.logits(selected.at(depth)) + linear.mean[missing] @ linear.weight[missing]
+            for depth, linear in zip(self.depths, self.linears, strict=False)
+        ]
+        far = self.novelty.space.distance(selected.at(self.depths[-1]), missing)
         far[np.diff(cells.counts.indptr) == 0] = np.nan
         return logits, far
 
@@ -144,12 +155,8 @@ class Classifier:
         empty = ~np.isfinite(far)
         novelty = self.novelty.of(np.nan_to_num(far), -np.exp(logs.max(axis=1)))
         novelty[empty] = 1.0
-        n, weights = len(linear), self.stack.weights
-        alone = {}
-        if n:
-            alone["expression"] = self.stack.called(Stack(weights[:n] + 1e-9, *self.stack[1:]).log_probabilities(linear))
-        if network is not None:
-            alone[NETWORK] = self.stack.called(Stack(np.ones(1), *self.stack[1:]).log_probabilities(parts[n:]))
+        given = {"expression": list(linear), NETWORK: parts[len(linear) :]}
+        alone = {name: one.called(one.log_probabilities(given[name])) for name, one in self.alone.items()}
         return Answer(logs, self.stack.called(logs), novelty, empty, alone)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -158,10 +165,12 @@ class Classifier:
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         yield "genes", self.genes
+        yield "measured", self.measured
         yield "depths", np.array(self.depths)
         named = {f"linear.{number}": linear for number, linear in enumerate(self.linears)}
         if self.head is not None:
             named["head"] = self.head
+        named |= {f"alone.{name}": one for name, one in self.alone.items()}  # type: ignore[misc]
         named |= {"stack": self.stack, "space": self.novelty.space, "novelty": self.novelty}  # type: ignore[dict-item]
         for prefix, values in named.items():
             for name, array in values._asdict().items():
@@ -184,7 +193,10 @@ class Classifier:
             head = Linear(**_of(arrays, "head.")) if "head.weight" in arrays else None
             novelty = Novelty(space=Space(**_of(arrays, "space.")), **_of(arrays, "novelty."))
             stack = Stack(**_of(arrays, "stack."))
-            return cls(arrays["genes"], tuple(map(float, arrays["depths"])), linears, head, stack, novelty, held_back)
+            parts = [name for name in ("expression", NETWORK) if f"alone.{name}.weights" in arrays]
+            alone = {name: Stack(**_of(arrays, f"alone.{name}.")) for name in parts}
+            depths = tuple(map(float, arrays["depths"]))
+            return cls(arrays["genes"], arrays["measured"], depths, linears, head, stack, novelty, alone, held_back)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             found = f"{path} cannot be read: {error}"
             raise input_error(found, "the file as CellTypeClassifier.save wrote it", "copy the folder again, or fit again") from None

@@ -32,13 +32,14 @@ ESTIMATE_ABOVE = 2_000
 
 def loaded(model: ScGPT | str | Path, device: str | None) -> ScGPT:
     """The model itself, or the one of that name, on `device` if one is named."""
-    place = None if device is None else _device(device)
+    place = None if device is None else device_named(device)
     if not isinstance(model, ScGPT):
         return ScGPT.from_pretrained(model, device=place or "cpu")
     return model if place is None else model.to(place)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Find a device; an InputError where there is none of that name."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -18,12 +18,16 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from annformer.tasks._annotation_cells import learnable
+
 log = logging.getLogger(__name__)
 
 FEW = 6_000
 """Up to so many cells or genes, the smaller number of the two, everything is done on as many coordinates, which is exact."""
 LENGTH = 30.0
 """Features are scaled to this root of the mean squared length, so that strengths mean the same for all of them."""
+MOST_DENSE = 2e8
+"""Numbers that may stand in memory beside the sparse ones."""
 JITTER = 1e-5
 MOST_STEPS = 100
 
@@ -88,7 +92,9 @@ def fit_linear(
         return logits
 
     held_back = cross_fitted(folds, strengths)
-    said = [log_softmax(logits, axis=1)[np.arange(len(codes)), codes].mean() for logits in held_back]
+    told = np.flatnonzero(learnable(codes, folds))
+    told = told if len(told) else np.arange(len(codes))
+    said = [log_softmax(logits[told], axis=1)[np.arange(len(told)), codes[told]].mean() for logits in held_back]
     best = int(np.argmax(said))
     plane = x.plane(np.arange(len(codes)))
     *_, theta = _path(plane.z, codes, n_types, strengths[: best + 1], balance)
@@ -171,7 +177,7 @@ class _FeaturePlane(_Plane):
 
     def __init__(self, features: _Features, rows: Int[np.ndarray, "cell"]) -> None:
         self.features = features
-        self.sparse = sp.issparse(features.x) and features.x.shape[1] > FEW
+        self.sparse = sp.issparse(features.x) and (features.x.shape[1] > FEW or np.prod(features.x.shape) > MOST_DENSE)
         mean = np.asarray(features.x[rows].mean(axis=0), np.float64).reshape(-1)
         self.centre = np.zeros_like(mean) if self.sparse else mean
         self.z = self.apply(rows)

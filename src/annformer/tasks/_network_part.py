@@ -19,11 +19,11 @@ from annformer.inference import encode_cells
 from annformer.model.lowrank import add_low_rank, merge_low_rank
 from annformer.objectives.cls import CLS
 from annformer.scgpt import ModelFolderConfig, ScGPT
-from annformer.tasks._annotation_cells import TYPE, Reference
+from annformer.tasks._annotation_cells import TYPE, Reference, learnable
 from annformer.tasks._annotation_recipe import AnnotationRecipe
 from annformer.tasks._cells import chosen_genes, digest, expression_over
 from annformer.tasks._classifier import NetworkPart
-from annformer.tasks._encoding import embeddings
+from annformer.tasks._encoding import device_named, embeddings
 from annformer.tasks._finetune import grown, trained
 from annformer.tasks._given import Cells, Chosen
 from annformer.tasks._linear_part import Linear, fit_linear
@@ -46,9 +46,10 @@ class Made(NamedTuple):
 
 def untouched(base: ScGPT, *, pretrained: bool, seed: int, device: str | None) -> ScGPT:
     """The network as it is, or one like it with random weights, as a model of its own."""
+    place = device_named(device or "cpu")
     if not pretrained:
-        return grown(base, base.config, base.vocab, pretrained=False, seed=seed).to(device or "cpu").eval()
-    return copy.deepcopy(base).to(device or "cpu").eval()
+        return grown(base, base.config, base.vocab, pretrained=False, seed=seed).to(place).eval()
+    return copy.deepcopy(base).to(place).eval()
 
 
 def embedded(cells: Cells, rows: Int[np.ndarray, "cell"] | None = None) -> Float[np.ndarray, "cell width"]:
@@ -78,12 +79,14 @@ def begun(base: ScGPT, reference: Reference, recipe: AnnotationRecipe, *, pretra
     """Make the network before its first step: it reads highly variable genes, and has a head for the types."""
     panel, how = chosen_genes(reference.cells, np.zeros(len(reference.codes), np.int64), recipe.n_genes)
     own, model = base.tokenizer, base.config.model
-    weights = np.maximum(np.bincount(reference.codes), 1.0) ** -recipe.balance
+    sizes = np.bincount(reference.codes, minlength=len(reference.types))
+    weights = np.maximum(sizes, 1.0) ** -recipe.balance
+    weights /= np.average(weights, weights=sizes)
     head = {
         "kind": "cls",
         "n_classes": len(reference.types),
         "n_layers": recipe.n_layers,
-        "class_weights": (weights / np.average(weights, weights=np.bincount(reference.codes))).tolist() if recipe.balance else (),
+        "class_weights": weights.tolist() if recipe.balance else (),
     }
     network = model.with_(view=len(panel) if recipe.view else 0, dropout=model.dropout if recipe.dropout is None else recipe.dropout)
     tokens = own.with_(
@@ -124,7 +127,7 @@ def tuned_part(
     job
         What must be the same, beside the cells, for a run to go on.
     """
-    held_back = np.flatnonzero(reference.folds == 0)
+    held_back = np.flatnonzero((reference.folds == 0) & learnable(reference.codes, reference.folds))
     data = CellDataModule(
         reference.cells,
         model.vocab,
@@ -150,7 +153,7 @@ def tuned_part(
 
 
 def _job(job: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
-    return {**job, "cells": digest(reference.cells, reference.codes)}
+    return {**job, "cells": digest(reference.cells, np.stack((reference.codes, reference.folds)))}
 
 
 def states_of(model: ScGPT, source: CellSource) -> Float[np.ndarray, "cell width"]:

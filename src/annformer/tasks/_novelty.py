@@ -13,16 +13,21 @@ SHRINKAGE = 1e-3
 MOST_SCORES = 10_000
 
 
+NONE = np.zeros(0, np.int64)
+
+
 class Space(NamedTuple):
     """Principal components of expression, and where in them the types lie."""
 
     components: Float[np.ndarray, "gene component"]
     """Whitened within the types."""
     centres: Float[np.ndarray, "type component"]
+    mean: Float[np.ndarray, "gene"]
+    """What a gene counts as that was not measured."""
 
-    def distance(self, features: sp.csr_matrix) -> Float[np.ndarray, "cell"]:
-        """Mahalanobis distance to the nearest type (Lee et al. 2018)."""
-        at = np.asarray(features @ self.components, np.float64)
+    def distance(self, features: sp.csr_matrix, missing: Int[np.ndarray, "missing"] = NONE) -> Float[np.ndarray, "cell"]:
+        """Mahalanobis distance to the nearest type (Lee et al. 2018); `missing` are places of genes that were not measured."""
+        at = np.asarray(features @ self.components, np.float64) + self.mean[missing] @ self.components[missing]
         squares = np.square(at).sum(1)[:, None] + np.square(self.centres).sum(1) - 2 * at @ self.centres.T
         return np.sqrt(np.maximum(squares.min(axis=1), 0))
 
@@ -50,10 +55,10 @@ def _axes(features: sp.csr_matrix) -> Float[np.ndarray, "gene component"]:
     return np.asarray(found.components_, np.float64).T
 
 
-def _types_in(
-    axes: Float[np.ndarray, "gene component"], at: Float[np.ndarray, "cell component"], codes: Int[np.ndarray, "cell"], n_types: int
-) -> Space:
-    """Find centres and common spread of the types that are there."""
+def fit_space(features: sp.csr_matrix, codes: Int[np.ndarray, "cell"], n_types: int) -> Space:
+    """Find components of all cells, and in them centres and common spread of the types that are there."""
+    axes = _axes(features)
+    at = np.asarray(features @ axes)
     counts = np.bincount(codes, minlength=n_types)
     there = np.flatnonzero(counts)
     centres = np.stack([at[codes == code].mean(axis=0) for code in there])
@@ -61,7 +66,8 @@ def _types_in(
     spread = rest.T @ rest / max(len(at) - len(there), 1)
     spread += (SHRINKAGE * np.var(at, axis=0).mean() + 1e-12) * np.eye(at.shape[1])
     white = np.linalg.inv(np.linalg.cholesky(spread)).T
-    return Space((axes @ white).astype(np.float32), centres @ white)
+    mean = np.asarray(features.mean(axis=0), np.float32).reshape(-1)
+    return Space((axes @ white).astype(np.float32), centres @ white, mean)
 
 
 def fit_novelty(
@@ -79,16 +85,15 @@ def fit_novelty(
     held_back
         Rows of the cells whose `doubt`, 1 - the highest probability, comes from parts that had not learned from them.
     """
-    axes = _axes(features)  # of all cells: they know no types
-    at = np.asarray(features @ axes)
     distances = np.full(len(codes), np.nan)
     for fold in range(int(folds.max()) + 1):
         rows, others = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        distances[others] = _types_in(axes, at[rows], codes[rows], n_types).distance(features[others])
+        # components too: those of cells that helped to find them are too near
+        distances[others] = fit_space(features[rows], codes[rows], n_types).distance(features[others])
     own = distances[held_back]
     all_distances, all_doubts = np.sort(own), np.sort(doubt)
     sums = np.sort(_rank(all_distances, own) + _rank(all_doubts, doubt))
-    return Novelty(_types_in(axes, at, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
+    return Novelty(fit_space(features, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
 
 
 def _rank(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:

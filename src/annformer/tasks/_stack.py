@@ -48,12 +48,20 @@ class Stack(NamedTuple):
         return np.exp(log_probabilities) >= least
 
 
+class Abroad(NamedTuple):
+    """What parts say of cells that differ from those that they learned from."""
+
+    logits: Sequence[Float[np.ndarray, "some type"]]
+    rows: Int[np.ndarray, "some"]
+    """Which of the held-back cells."""
+
+
 def fit_stack(
     parts: Sequence[Float[np.ndarray, "cell type"]],
     codes: Int[np.ndarray, "cell"],
     sizes: Int[np.ndarray, "type"],
     *,
-    abroad: Sequence[Float[np.ndarray, "cell type"]] | None = None,
+    abroad: Abroad | None = None,
 ) -> Stack:
     """Weigh the parts by what they say of cells that they have not learned from.
 
@@ -66,13 +74,14 @@ def fit_stack(
     sizes
         Training cells of every type.
     abroad
-        Logits of the same cells by parts that learned from cells that differ from them. They say what each part is worth beside the others;
-        `parts` then only how sure all of them may be.
+        Says what each part is worth beside the others; `parts` then only how sure all of them may be.
     """
-    weights = _weights(np.stack(parts if abroad is None else abroad), codes)
-    if abroad is not None:
+    weights = np.zeros(len(parts)) if abroad is None else _weights(np.stack(abroad.logits), codes[abroad.rows])
+    if weights.any():
         joined = sum(weight * logits for weight, logits in zip(weights, parts, strict=True))
         weights = weights * _weights(np.stack([joined]), codes)
+    else:  # nobody knows, or nothing holds there
+        weights = _weights(np.stack(parts), codes)
     logs = Stack(weights, np.zeros(len(sizes)), np.zeros(0)).log_probabilities(parts)
     rows = np.arange(len(codes))
     frequency = np.log(np.maximum(sizes, 1) / sizes.sum())

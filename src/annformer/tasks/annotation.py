@@ -25,7 +25,9 @@ from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._annotation_cells import UNASSIGNED, Reference, expressed_genes, read_reference, require_enough, require_same_genes
 from annformer.tasks._annotation_columns import columns_of, require_coverage
 from annformer.tasks._annotation_recipe import AnnotationRecipe, Learned, Options
+from annformer.tasks._cells import require_counts
 from annformer.tasks._classifier import Answer, Classifier, NetworkPart
+from annformer.tasks._encoding import device_named
 from annformer.tasks._finetune import loaded
 from annformer.tasks._given import Cells, How
 from annformer.tasks._network_part import begun, embedded, frozen_part, network_says, tuned_part, untouched
@@ -153,6 +155,8 @@ class CellTypeClassifier:
         return self
 
     def _read(self, source: AnnDataSource, vocab: GeneVocab, recipe: AnnotationRecipe) -> Reference:
+        if recipe.tuning in ("full", "low-rank"):
+            require_counts(source)  # the tuned network reads expression, not only its order
         reference, n_untyped = read_reference(
             source,
             vocab,
@@ -165,7 +169,7 @@ class CellTypeClassifier:
         require_enough(expressed_genes(reference.cells))
         self.match_ = source.match(vocab)
         self.classes_ = reference.types
-        self.n_cells_ = tuple(map(int, np.bincount(reference.codes)))
+        self.n_cells_ = tuple(map(int, np.bincount(reference.codes, minlength=len(reference.types))))
         left_out = f", {n_untyped:,} without a type left out" if n_untyped else ""
         log.info("%s cells of %d types%s", f"{len(reference.codes):,}", len(self.classes_), left_out)
         return reference
@@ -391,7 +395,7 @@ class CellTypeClassifier:
         fitted, network = self._classifier, None
         if len(fitted.stack.weights) > len(linear):
             if self.device is not None:
-                self.model_.to(self.device)
+                self.model_.to(device_named(self.device))
             network = network_says(cells, fitted.head)
         return fitted.answer(linear, network, far)
 
