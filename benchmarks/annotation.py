@@ -41,7 +41,7 @@ SETS = {
 SHOWN = ("macro_f1", "accuracy", "ece", "coverage", "seconds", "memory_mb")
 
 
-def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | None, model: str, threads: int | None) -> None:
+def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | None, model: str, threads: int | None, novelty: bool) -> None:
     """Compare on one set, and leave the tables and the page in `out`."""
     adata = read(data, name)
     found = compare_annotation(
@@ -54,6 +54,7 @@ def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | No
         name=name,
         command=f"python benchmarks/annotation.py --sets {name} --seeds {seeds}",
         threads=threads,
+        novelty=novelty,
     )
     write(found, adata, out / name)
 
@@ -80,12 +81,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--model", default="annformer-base")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--novelty", action="store_true", help="leave each type out once as well, which takes as many fits")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in given.sets:
         if not (given.out / name / "scores.csv").is_file():
-            run(given.data, name, given.out, seeds=given.seeds, methods=given.methods, model=given.model, threads=given.threads)
+            options = {"seeds": given.seeds, "methods": given.methods, "model": given.model, "threads": given.threads}
+            run(given.data, name, given.out, **options, novelty=given.novelty)
         show(given.out, name)
     print(f"\n{machine()}")
 

@@ -206,6 +206,7 @@ def test_real_methods_learn_from_one_embedding(cells, tiny_model, monkeypatch):
     assert scores.loc[OURS, "accuracy"] > 0.9
     assert scores.loc[MAPPING, "accuracy"] > scores.loc["majority class", "accuracy"]
     assert np.isfinite(scores.loc[[OURS, MAPPING, "logistic regression all genes"], "ece"]).all()
+    assert 0 <= found.error.low <= found.error.median <= found.error.high
     assert 0 <= found.calibrated.low <= found.calibrated.high < 0.1
     assert found.coverage.loc[0, "coverage"] > 0.7
 

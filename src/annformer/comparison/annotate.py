@@ -201,6 +201,7 @@ def _judged(
         beside=scores.groupby(["method", "kind", "split"], sort=False).mean(numeric_only=True).drop(columns="seed").reset_index(),
         confusions={name: confusion(truth, first[name].types) for name in (ours, best)},
         reliability=scoring.reliability_of(judged, truth),
+        error=scoring.error_of(judged, ours, truth, rows),
         calibrated=scoring.calibrated_of(judged, ours),
         coverage=scoring.coverage_of(runs, ours, truth),
         novelty=novelty,

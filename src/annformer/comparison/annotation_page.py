@@ -174,11 +174,12 @@ def _types_table(comparison: AnnotationComparison) -> Table:
 
 def _sureness(comparison: AnnotationComparison) -> list[Block]:
     blocks: list[Block] = [reliability(comparison)] if comparison.reliability else []
-    if (exact := comparison.calibrated) is not None:
+    if (exact := comparison.calibrated) is not None and (own := comparison.error) is not None:
         error = float(comparison.scores.loc[comparison.scores["method"] == comparison.ours, "ece"].mean())
         blocks.append(
             Text(
-                f"The expected calibration error of {comparison.ours} is {error:.3f}. Confidences that were right would show "
+                f"The expected calibration error of {comparison.ours} is {error:.3f} ({own.low:.3f} to {own.high:.3f} in 95 % of the "
+                f"bootstrap draws, which make it look larger). Confidences that were right would show "
                 f"{exact.median:.3f} with as many cells ({exact.low:.3f} to {exact.high:.3f} in 95 % of 1,000 simulations)."
             )
         )

@@ -27,6 +27,8 @@ class AnnotationComparison(Comparison):
     """Ours and the best floor -> cells by true type (rows) and called type (columns), with the first seed."""
     reliability: Mapping[str, pd.DataFrame]
     """Method -> confidence and share of right calls, by bins."""
+    error: Interval | None
+    """Calibration error of ours on the bootstrap draws; None where it does not say how sure it is."""
     calibrated: Interval | None
     """Calibration error that right confidences of ours would show."""
     coverage: pd.DataFrame

@@ -79,6 +79,17 @@ def calibrated_of(runs: Sequence[CallRun], ours: str) -> calibration.Interval | 
     return None if said.confidence is None else calibration.calibrated_error(np.clip(np.nan_to_num(said.confidence), 0, 1))
 
 
+def error_of(
+    runs: Sequence[CallRun], ours: str, truth: Shaped[np.ndarray, "cell"], rows: Sequence[np.ndarray]
+) -> calibration.Interval | None:
+    """Calibration error of `ours` on bootstrap draws, with its first seed."""
+    said = next(run.called for run in runs if run.name == ours)
+    if said.confidence is None:
+        return None
+    confidence = np.clip(np.nan_to_num(said.confidence), 0, 1)
+    return calibration.interval(calibration.calibration_error_on_draws(confidence, said.types == truth, rows))
+
+
 def coverage_of(runs: Sequence[CallRun], ours: str, truth: Shaped[np.ndarray, "cell"]) -> pd.DataFrame:
     """Sets of `ours` by split, mean over the seeds: coverage, where it ought to lie, mean size, shares of sets of one type and of none."""
     rows = []
