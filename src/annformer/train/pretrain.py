@@ -108,9 +108,17 @@ def pretrain(
         source.verify(progress)
     data = prepare_data(source, vocab, config)
     model = new_model(data.vocab, config)
+    joined = _has_group()
     with run.held(overwrite=overwrite):
         history = _fit(model, data, config, run.path, machine, resume=not overwrite)
-        return _finish(run, data, history, name, source, device_of(machine))
+        done = _finish(run, data, history, name, source, device_of(machine))
+    if _has_group() and not joined:  # made by the run; its threads, left alone, may abort the process when it ends
+        torch.distributed.destroy_process_group()
+    return done
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _fit(model: ScGPT, data: CellDataModule, config: PretrainConfig, folder: Path, machine: Machine, *, resume: bool) -> pd.DataFrame:
