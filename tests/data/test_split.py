@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annformer.data.split import folds, train_and_held_back
+from annformer.data.split import folds
 from annformer.errors import InputError
 
 LABELS = np.repeat(["B", "NK", "T", "rare", "alone"], [53, 40, 100, 3, 1])
@@ -73,49 +73,3 @@ def test_many_groups_are_joined_to_folds_of_similar_size():
 def test_what_cannot_be_split_is_said(labels, groups, n_folds, found):
     with pytest.raises(InputError, match=found):
         folds(labels, groups, n_folds=n_folds)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from("wxyz"), min_size=8, max_size=60), st.sampled_from([0.1, 0.25, 0.5, 0.9]), st.integers(0, 5))
-def test_every_label_keeps_a_cell_to_learn_from(labels, share, seed):
-    train, held = train_and_held_back(labels, None, share, seed) if share * len(labels) >= 2 else (range(len(labels)), [])
-    assert sorted([*train, *held]) == list(range(len(labels)))
-    assert {labels[i] for i in train} == set(labels)
-
-
-def test_the_share_is_held_back_of_every_label_and_of_rare_ones_together():
-    labels = np.concatenate([LABELS, [f"rare {i // 3}" for i in range(120)]])
-    _, held = train_and_held_back(labels, None, 0.2, 0)
-    assert len(held) == pytest.approx(0.2 * len(labels), abs=1)
-    for label, n in (("B", 53), ("NK", 40), ("T", 100)):
-        assert (labels[held] == label).sum() == pytest.approx(0.2 * n, abs=6)
-    assert sum(label.startswith("rare ") for label in labels[held]) == pytest.approx(0.2 * 120, abs=6)
-    assert not np.array_equal(held, train_and_held_back(labels, None, 0.2, 1)[1])
-
-
-def test_whole_groups_are_held_back_as_near_to_the_share_as_they_come():
-    for seed in range(5):
-        train, held = train_and_held_back(["T"] * len(DONORS), DONORS, 0.25, seed)
-        assert not set(DONORS[train]) & set(DONORS[held])
-        assert len(held) == pytest.approx(0.25 * len(DONORS), abs=12)
-    _, held = train_and_held_back(["T"] * len(DONORS), DONORS, 0.001, 0)
-    assert set(DONORS[held]) == {"g"}, "the smallest group, where all are too large"
-
-
-def test_a_label_of_one_group_is_learnt_even_where_the_group_is_held_back():
-    labels = np.where(DONORS == "g", "only in g", "T")
-    labels[np.flatnonzero(DONORS == "g")[:4]] = "T"
-    train, held = train_and_held_back(labels, DONORS, 0.001, 0)
-    assert list(labels[held]) == ["T"] * 4
-    assert (labels[train] == "only in g").sum() == 3
-
-
-def test_one_group_is_parted_by_cells():
-    one = train_and_held_back(LABELS, ["a"] * len(LABELS), 0.2, 0)
-    assert np.array_equal(one[1], train_and_held_back(LABELS, None, 0.2, 0)[1])
-
-
-def test_nothing_to_hold_back_is_said():
-    for labels, groups in ((["B", "T"], None), (["B", "T"], ["x", "y"])):
-        with pytest.raises(InputError, match="no cell of 2 can be held back"):
-            train_and_held_back(labels, groups, 0.5, 0)

@@ -14,7 +14,8 @@ from annformer.errors import AnnformerWarning, InputError
 from annformer.model.config import ModelConfig
 from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._annotation_recipe import AnnotationRecipe
-from annformer.tasks.annotation import UNASSIGNED, CellTypeClassifier
+from annformer.tasks._votes import UNASSIGNED
+from annformer.tasks.annotation import CellTypeClassifier
 
 TUNED = {
     "n_genes": 100,
@@ -255,6 +256,20 @@ def test_the_network_is_tuned(model, reference, query, tuning):
     changed = {name for name, tensor in tuned.model_.state_dict().items() if name in before and not torch.equal(tensor, before[name])}
     assert "encoder.layers.0.qkv.weight" in changed
     assert ("encoder.gene.weight" in changed) == (tuning == "full")
+
+
+def test_as_the_authors_do_it_the_network_is_all_there_is(model, reference, query, tmp_path):
+    recipe = AnnotationRecipe.named("annotate-original")
+    recipe = recipe.with_(train=recipe.train.model_dump() | {"epochs": 1, "validations": 1})
+    classifier = CellTypeClassifier(model, label_key="cell_type", recipe=recipe, threads=1).fit(reference)
+    assert list(classifier.part_weights_) == ["network"] and len(classifier.history_) > 0
+    assert classifier.model_.panel is not None and len(classifier.model_.panel) == reference.n_vars
+    obs = classifier.predict(query, copy=True).obs
+    assert "predicted_cell_type_by_expression" not in obs and set(obs["predicted_cell_type_by_network"]) <= set(TYPES)
+    classifier.save(tmp_path / "model")
+    again = CellTypeClassifier.load(tmp_path / "model")
+    assert again.recipe == recipe
+    np.testing.assert_allclose(again.predict_proba(query), classifier.predict_proba(query), atol=1e-5)
 
 
 def test_from_scratch_begins_at_random_weights(model, reference):

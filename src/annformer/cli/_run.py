@@ -46,6 +46,11 @@ def _end(name: str, error: BaseException, *, debug: bool) -> int:
     return 1 if message is None else 2
 
 
+def progress_wanted() -> bool | None:
+    """What commands tell the library of progress bars: none after --quiet, else where stderr is a terminal."""
+    return None if log.isEnabledFor(logging.INFO) else False
+
+
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
     """Log lines of annformer on stderr for as long as the command runs: in colour on a terminal, plain elsewhere."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from annformer.cli._place import require_free
+from annformer.cli._run import progress_wanted
 from annformer.cli._table import require_no_table, write_table
 
 if TYPE_CHECKING:
     from annformer.tasks.annotation import CellTypeClassifier
-
-log = logging.getLogger(__name__)
 
 KEY = "predicted_cell_type"
 
@@ -95,7 +93,7 @@ def fit(
     unfinished = folder.with_name(f".{folder.name}.training")
     if overwrite:
         shutil.rmtree(unfinished, ignore_errors=True)
-    classifier.fit(file, folder=unfinished, embedding=embedding, progress=_progress())
+    classifier.fit(file, folder=unfinished, embedding=embedding, progress=progress_wanted())
     classifier.save(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     _say(classifier, folder)
@@ -164,17 +162,13 @@ def predict(
         unassigned_above=unassigned_above,
         cluster_key=cluster_key,
         embedding=embedding,
-        progress=_progress(),
+        progress=progress_wanted(),
         overwrite=overwrite,
     )
     write_table(table, table_path)
     counted = ", ".join(f"{name} {n:,}" for name, n in table[key_added].value_counts().items() if n)
     print(f"{out}: obs[{key_added!r}] of {len(table):,} cells: {counted}")
     print(f"{table_path}: the same columns")
-
-
-def _progress() -> bool | None:
-    return None if log.isEnabledFor(logging.INFO) else False
 
 
 def _say(classifier: CellTypeClassifier, folder: Path) -> None:

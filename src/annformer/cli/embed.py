@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
-log = logging.getLogger(__name__)
+from annformer.cli._run import progress_wanted
 
 
 def command(
@@ -86,7 +85,7 @@ def command(
         device=device,
         workers=workers,
         threads=threads,
-        progress=None if log.isEnabledFor(logging.INFO) else False,
+        progress=progress_wanted(),
         resume=resume,
         overwrite=overwrite,
     )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from annformer.cli._place import require_free
+from annformer.cli._run import progress_wanted
 from annformer.cli._table import require_no_table, write_table
 
 if TYPE_CHECKING:
     from annformer.tasks.mapping import ReferenceMapper
-
-log = logging.getLogger(__name__)
 
 
 def fit(
@@ -76,7 +74,7 @@ def fit(
         device=device,
         threads=threads,
     )
-    mapper.fit(file, embedding=embedding, progress=_progress())
+    mapper.fit(file, embedding=embedding, progress=progress_wanted())
     mapper.save(folder)
     _say(mapper, folder)
 
@@ -115,7 +113,7 @@ def add(
     from annformer.tasks.mapping import ReferenceMapper
 
     mapper = ReferenceMapper.load(index, layer=layer, gene_key=gene_key, device=device, threads=threads)
-    mapper.add(file, embedding=embedding, progress=_progress())
+    mapper.add(file, embedding=embedding, progress=progress_wanted())
     mapper.save(index)
     _say(mapper, Path(index))
 
@@ -175,7 +173,7 @@ def predict(
         key_added=key_added,
         unassigned_above=unassigned_above,
         embedding=embedding,
-        progress=_progress(),
+        progress=progress_wanted(),
         overwrite=overwrite,
     )
     write_table(table, table_path)
@@ -183,10 +181,6 @@ def predict(
     counted = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
     print(f"{out}: obs[{key_added!r}] of {len(table):,} cells: {counted}")
     print(f"{table_path}: the same columns")
-
-
-def _progress() -> bool | None:
-    return None if log.isEnabledFor(logging.INFO) else False
 
 
 def _say(mapper: ReferenceMapper, folder: Path) -> None:

@@ -63,40 +63,6 @@ def folds(labels: Names, groups: Names | None = None, *, n_folds: int = 5, seed:
     return [Fold(name, np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i, name in enumerate(names)]
 
 
-def train_and_held_back(
-    labels: Names, groups: Names | None, share: float, seed: int
-) -> tuple[Int[np.ndarray, "row"], Int[np.ndarray, "row"]]:
-    """Hold some of the training cells back, to stop or calibrate by; every label keeps cells to learn from.
-
-    Parameters
-    ----------
-    labels
-        Cell types. Of each, `share` is held back as exactly as whole cells allow, but never its only cell.
-    groups
-        Donors or batches, held back as a whole: as many as bring the share nearest to the one asked for, one at least. Cells of a label
-        that no other group has stay in training. None, or one group only: cells are held back.
-    share
-        Between 0 and 1.
-    seed
-        Which.
-
-    Returns
-    -------
-    Rows to learn from and rows held back, ascending.
-    """
-    assert 0 < share < 1, share
-    rng = np.random.default_rng(seed)
-    label = _codes(labels)
-    group = np.zeros_like(label) if groups is None else _codes(groups)
-    held = _some_groups(group, share, rng) if group.any() else _some_cells(labels, share, rng)
-    kept = np.bincount(label[~held], minlength=label.max() + 1)
-    held &= kept[label] > 0
-    if not held.any():
-        found = f"no cell of {len(label)} can be held back: every label would lose its only cell, or its only group"
-        raise input_error(found, "a label with two cells, or in two groups", "give more cells, or merge the rare labels")
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
 def _codes(names: Names) -> Int[np.ndarray, "cell"]:
     codes, _ = pd.factorize(pd.Series(np.asarray(names, dtype=object)), use_na_sentinel=False)
     return codes.astype(np.int64)
@@ -128,26 +94,3 @@ def _join(groups: Names, n_folds: int, rng: np.random.Generator) -> tuple[Int[np
 
 def _called(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
-
-
-def _some_groups(group: Int[np.ndarray, "cell"], share: float, rng: np.random.Generator) -> np.ndarray:
-    sizes = np.bincount(group)
-    wanted, n_held = share * len(group), 0
-    chosen: list[int] = []
-    for code in rng.permutation(len(sizes)):
-        if abs(n_held + sizes[code] - wanted) < abs(n_held - wanted) and len(chosen) < len(sizes) - 1:
-            chosen.append(int(code))
-            n_held += sizes[code]
-    return np.isin(group, chosen or [sizes.argmin()])
-
-
-def _some_cells(labels: Names, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Every cell whose turn comes, in an order by label: the share is met in each label, and by the rare ones together."""
-    order = _by_label(labels, rng)
-    first = np.append(True, np.diff(_codes(labels)[order]) != 0)
-    asked = order[~first]  # the first cell of each label stays in training
-    share = min(share * len(order) / max(len(asked), 1), 1.0)
-    turns = np.floor(np.arange(len(asked) + 1) * share + rng.random())
-    held = np.zeros(len(order), dtype=bool)
-    held[asked[np.diff(turns) > 0]] = True
-    return held

@@ -15,8 +15,8 @@ from annformer.data.random_cells import MemoryCells
 from annformer.data.split import folds
 from annformer.errors import AnnformerWarning, input_error
 from annformer.evaluate.integration import UNLABELLED
-from annformer.genes import GeneMatch
 from annformer.tasks._cells import FEWEST_GENES
+from annformer.tasks._votes import UNASSIGNED
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
 
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 TYPE = "cell_type"
 """Column under which the codes of the types stand beside the cells in memory."""
-UNASSIGNED = "unassigned"
 NO_TYPE = (*UNLABELLED, UNASSIGNED, "")
 """What stands where a cell has no type."""
 FEWEST_CELLS = 3
@@ -32,8 +31,6 @@ FEWEST_CELLS = 3
 KEPT_WHOLE = 100
 """Cells that a type keeps when cells are drawn."""
 CELLS_LOOKED_AT = 512
-LEAST_SHARE, GOOD_SHARE = 0.5, 0.9
-"""Of the genes of the reference: below the first share cells are refused, below the second a warning says so."""
 
 
 class Reference(NamedTuple):
@@ -207,14 +204,3 @@ def require_enough(genes: Int[np.ndarray, "gene"]) -> None:
     if len(genes) < FEWEST_GENES:
         found = f"{len(genes)} genes that the model knows and at least {FEWEST_CELLS} cells express"
         raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")
-
-
-def require_same_genes(genes: Int[np.ndarray, "gene"], match: GeneMatch, name: str) -> None:
-    """Cells to annotate should have measured what was learned from."""
-    there = float(np.isin(genes, match.ids).mean())
-    if there < LEAST_SHARE:
-        found = f"{name} has {there:.0%} of the {len(genes):,} genes that the reference expresses"
-        raise input_error(found, "at least half of them", "give all genes that were measured, or fit on a reference of the same genes")
-    if there < GOOD_SHARE:
-        msg = f"{name} has {there:.0%} of the {len(genes):,} genes that the reference expresses; the others count as average"
-        warnings.warn(msg, AnnformerWarning, stacklevel=4)

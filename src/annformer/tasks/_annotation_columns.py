@@ -7,8 +7,8 @@ import pandas as pd
 from jaxtyping import Bool, Int
 
 from annformer.errors import input_error
-from annformer.tasks._annotation_cells import UNASSIGNED
 from annformer.tasks._classifier import Answer
+from annformer.tasks._votes import UNASSIGNED
 
 
 def columns_of(
@@ -19,19 +19,14 @@ def columns_of(
     unassigned_above: float | None,
     clusters: Int[np.ndarray, "cell"] | None,
 ) -> pd.DataFrame:
-    """One row per cell; the names of the columns are what comes behind the key.
-
-    A set that is empty gets the type that was called: every cell has a set.
-    """
+    """One row per cell; the names of the columns are what comes behind the key."""
     if unassigned_above is not None and not 0 <= unassigned_above <= 1:
         found = f"unassigned_above={unassigned_above}"
         raise input_error(found, "a share from 0 to 1, such as 0.99", "choose another, or None to give every cell a type")
     names = np.array([*types, UNASSIGNED], dtype=object)
     novel = answer.empty if unassigned_above is None else answer.empty | (answer.novelty > unassigned_above)
     codes = np.where(novel, len(types), answer.codes)
-    rows = np.arange(len(codes))
-    sets = sets.copy()
-    sets[rows[~sets.any(axis=1)], answer.codes[~sets.any(axis=1)]] = True
+    rows, sets = np.arange(len(codes)), never_empty(sets, answer)
     table = pd.DataFrame({"": pd.Categorical(names[codes], categories=_in_use(names, codes))})
     table["_confidence"] = np.exp(answer.log_probabilities[rows, answer.codes]).astype(np.float32)
     table["_novelty"] = answer.novelty.astype(np.float32)
@@ -44,6 +39,14 @@ def columns_of(
         majority = votes.argmax(axis=1)[clusters]
         table["_majority"] = pd.Categorical(names[majority], categories=_in_use(names, majority))
     return table
+
+
+def never_empty(sets: Bool[np.ndarray, "cell type"], answer: Answer) -> Bool[np.ndarray, "cell type"]:
+    """The same sets, the type that is called in those that were empty."""
+    empty = ~sets.any(axis=1)
+    filled = sets.copy()
+    filled[empty, answer.codes[empty]] = True
+    return filled
 
 
 def _in_use(names: np.ndarray, codes: Int[np.ndarray, "cell"]) -> list[str]:

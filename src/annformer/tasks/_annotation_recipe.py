@@ -71,6 +71,5 @@ class Learned(Config):
 
     types: tuple[str, ...]
     n_cells: tuple[int, ...]
-    tuning: str
     held_back: dict[str, float]
     options: Options

@@ -13,11 +13,13 @@ from annformer.baselines.expression import highly_variable
 from annformer.data.anndata import AnnDataSource
 from annformer.data.random_cells import MemoryCells
 from annformer.errors import AnnformerWarning, input_error
-from annformer.scgpt import ScGPT
+from annformer.genes import GeneMatch
 from annformer.tokenizer import panel_expression
 from annformer.vocab import GeneVocab
 
 FEWEST_GENES = 50
+LEAST_SHARE, GOOD_SHARE = 0.5, 0.9
+"""Of the genes that were learned from: below the first share new cells are refused, below the second a warning says so."""
 CELLS_AT_ONCE = 1024
 
 
@@ -51,16 +53,20 @@ def n_matched(source: AnnDataSource, vocab: GeneVocab) -> int:
     return len(np.unique(ids[ids >= 0]))
 
 
-def require_panel(source: AnnDataSource, model: ScGPT) -> None:
-    """New cells should have measured what the model was fitted on."""
-    assert model.panel is not None, "an integration chooses genes"
-    there = float(np.isin(model.panel, source.match(model.vocab).ids).mean())
-    if there < 0.5:
-        found = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on"
-        raise input_error(found, "at least half of them", "give cells with the same genes as those of fit")
-    if there < 0.9:
-        msg = f"{source.name} has {there:.0%} of the {len(model.panel):,} genes that the model was fitted on; the others count as average"
-        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+def require_genes(genes: Int[np.ndarray, "gene"], match: GeneMatch, name: str, what: str) -> None:
+    """Refuse new cells that lack most of the genes that were learned from, and warn of those that lack some.
+
+    Parameters
+    ----------
+    what
+        Which genes these are, for the message.
+    """
+    there = float(np.isin(genes, match.ids).mean())
+    found = f"{name} has {there:.0%} of the {len(genes):,} genes {what}"
+    if there < LEAST_SHARE:
+        raise input_error(found, "at least half of them", "give all genes that were measured, or fit on cells with the same genes as these")
+    if there < GOOD_SHARE:
+        warnings.warn(f"{found}; the others count as average", AnnformerWarning, stacklevel=5)
 
 
 def digest(cells: MemoryCells, codes: Int[np.ndarray, "cell"]) -> str:

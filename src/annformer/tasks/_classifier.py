@@ -118,7 +118,7 @@ class Classifier:
         logs, n = stack.log_probabilities(parts), len(linears)
         groups = {"expression": parts[:n], NETWORK: parts[n:]}
         alone = {name: fit_stack(group, truth, sizes) for name, group in groups.items() if group}
-        novelty = fit_novelty(selected.at(median), codes, n_types, reference.folds, held_back, -np.exp(logs.max(axis=1)))
+        novelty = fit_novelty(selected.at(median), codes, n_types, reference.folds, held_back, 1 - np.exp(logs.max(axis=1)))
         scores = _scores(truth, stack.called(logs), int(sizes.argmax()))
         head = None if network is None else network.head
         scaled = (*(depth * median for depth in depths), median)
@@ -153,7 +153,7 @@ class Classifier:
         parts = [*linear, *([] if network is None else [np.nan_to_num(network)])]
         logs = self.stack.log_probabilities(parts)
         empty = ~np.isfinite(far)
-        novelty = self.novelty.of(np.nan_to_num(far), -np.exp(logs.max(axis=1)))
+        novelty = self.novelty.of(np.nan_to_num(far), 1 - np.exp(logs.max(axis=1)))
         novelty[empty] = 1.0
         given = {"expression": list(linear), NETWORK: parts[len(linear) :]}
         alone = {name: one.called(one.log_probabilities(given[name])) for name, one in self.alone.items()}

@@ -51,6 +51,22 @@ def loaded(model: ScGPT | str | Path) -> ScGPT:
     return base
 
 
+def made_for(task: str, model: ScGPT, folder: str | Path, written_by: str) -> dict[str, Any]:
+    """Provenance of a model of this task.
+
+    Raises
+    ------
+    InputError
+        When it was made for another one, or for none.
+    """
+    made = model.config.provenance
+    if made.get("task") != task:
+        other = made.get("task", "no task: it is a pretrained one")
+        found = f"the model in {folder} was made for {other}"
+        raise input_error(found, f"a model that {written_by} wrote", "give its folder")
+    return made
+
+
 def grown(base: ScGPT, config: ModelFolderConfig, vocab: GeneVocab, *, pretrained: bool, seed: int) -> ScGPT:
     """Build a model of `config` that begins as `base` does.
 

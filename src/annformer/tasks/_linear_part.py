@@ -7,7 +7,6 @@ and what each is worth is told by cells that were not learned from (`_stack.py`)
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from annformer.tasks._annotation_cells import learnable
-
-log = logging.getLogger(__name__)
 
 FEW = 6_000
 """Up to so many cells or genes, the smaller number of the two, everything is done on as many coordinates, which is exact."""

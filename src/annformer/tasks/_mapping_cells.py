@@ -5,16 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
 
-import h5py
 import numpy as np
 import pandas as pd
-import zarr
-from anndata import AnnData
-from anndata.io import read_elem
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.tables import as_text, require_column
@@ -23,7 +17,6 @@ from annformer.evaluate.integration import UNLABELLED
 from annformer.genes import GeneMatch
 from annformer.tasks._given import Chosen
 from annformer.tasks._votes import UNASSIGNED
-from annformer.tokenizer import TokenizerSettings
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
@@ -83,77 +76,3 @@ def require_genes(genes: Mapping[str, int], match: GeneMatch, name: str) -> None
     if share < MOST_GENES:
         msg = f"{counted}: embeddings of query and reference differ by that too"
         warnings.warn(msg, AnnformerWarning, stacklevel=4)
-
-
-class MadeBy(Protocol):
-    """What an embedding is made by."""
-
-    @property
-    def model(self) -> str:
-        """Its name, for messages."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model."""
-        ...
-
-    @property
-    def tokenizer(self) -> TokenizerSettings:
-        """How cells became tokens."""
-        ...
-
-
-def given_embedding(data: AnnData | str | Path, key: str, settings: MadeBy) -> Float32[np.ndarray, "cell width"]:
-    """Read `obsm[key]`, which `embed` wrote by the same model with the same settings.
-
-    Raises
-    ------
-    InputError
-        When it is not there, or was made in another way.
-    """
-    rows, record = _kept(data, key)
-    here = "what embed wrote: obsm[key] and its record in uns"
-    if rows is None or not isinstance(record, Mapping) or "fingerprint" not in record:
-        what = "there is no" if rows is None else "annformer did not write"
-        found = f"{what} obsm[{key!r}] in {data if isinstance(data, str | Path) else 'your AnnData'}"
-        raise input_error(found, here, "embed the cells first, or leave embedding (--embedding) out")
-    theirs = settings.fingerprint, settings.tokenizer
-    ours = str(record["fingerprint"]), _settings(record.get("settings", {}))
-    if ours != theirs:
-        found = f"obsm[{key!r}] was made by {_described(str(record.get('model')), *ours, theirs)}"
-        expected = f"an embedding by the same as the reference, {_described(settings.model, *theirs, ours)}"
-        remedy = "leave embedding (--embedding) out, and the cells are embedded anew; or embed them with the model of the reference"
-        raise input_error(found, expected, remedy)
-    return np.asarray(rows, np.float32)
-
-
-def _kept(data: AnnData | str | Path, key: str) -> tuple[Any, Any]:
-    """`obsm[key]` and its record, None where there is none."""
-    if isinstance(data, AnnData):
-        records = data.uns.get("annformer")
-        return data.obsm.get(key), records.get(key) if isinstance(records, Mapping) else None
-    path = Path(data).expanduser()
-    if path.is_file():
-        with h5py.File(path, "r") as root:
-            return _read(root, key)
-    is_store = any((path / name).is_file() for name in ("zarr.json", ".zgroup"))
-    return _read(zarr.open_group(str(path), mode="r"), key) if is_store else (None, None)
-
-
-def _read(root: Any, key: str) -> tuple[Any, Any]:
-    places = f"obsm/{key}", f"uns/annformer/{key}"
-    rows, record = (read_elem(root[place]) if place in root else None for place in places)
-    return rows, record
-
-
-def _settings(record: Mapping[str, Any]) -> TokenizerSettings:
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in record.items()}
-    return TokenizerSettings.read(plain, where="the record of the embedding in uns")
-
-
-def _described(model: str, fingerprint: str, settings: TokenizerSettings, other: tuple[str, TokenizerSettings]) -> str:
-    """Name a model and the settings in which it differs from another."""
-    theirs = other[1].model_dump()
-    differing = [f"{name} {value!r}" for name, value in settings.model_dump().items() if value != theirs[name]]
-    return " with ".join([f"{model} ({fingerprint[:8]})", *([", ".join(differing)] if differing else [])])

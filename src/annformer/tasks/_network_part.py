@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +24,10 @@ from annformer.tasks._cells import chosen_genes, digest, expression_over
 from annformer.tasks._classifier import NetworkPart
 from annformer.tasks._encoding import device_named, embeddings
 from annformer.tasks._finetune import grown, trained
-from annformer.tasks._given import Cells, Chosen
+from annformer.tasks._given import Cells, Chosen, given_embedding
 from annformer.tasks._linear_part import Linear, fit_linear
-from annformer.tasks._mapping_cells import given_embedding
 from annformer.tokenizer import TokenizerSettings
 from annformer.train.datamodule import CellDataModule
-
-log = logging.getLogger(__name__)
 
 HEAD = "cls"
 

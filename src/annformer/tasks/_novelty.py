@@ -8,9 +8,10 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 
+from annformer.tasks._stack import thinned
+
 N_COMPONENTS = 50
 SHRINKAGE = 1e-3
-MOST_SCORES = 10_000
 
 
 NONE = np.zeros(0, np.int64)
@@ -93,16 +94,10 @@ def fit_novelty(
     own = distances[held_back]
     all_distances, all_doubts = np.sort(own), np.sort(doubt)
     sums = np.sort(_rank(all_distances, own) + _rank(all_doubts, doubt))
-    return Novelty(fit_space(features, codes, n_types), *(_thinned(values) for values in (all_distances, all_doubts, sums)))
+    return Novelty(fit_space(features, codes, n_types), *(thinned(values) for values in (all_distances, all_doubts, sums)))
 
 
 def _rank(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
     """Share of the known values below; half of those that are equal."""
     below, upto = np.searchsorted(known, values, "left"), np.searchsorted(known, values, "right")
     return (below + upto) / (2 * len(known))
-
-
-def _thinned(values: Float[np.ndarray, "value"]) -> Float[np.ndarray, "kept"]:
-    if len(values) <= MOST_SCORES:
-        return values
-    return values[np.linspace(0, len(values) - 1, MOST_SCORES).round().astype(int)]

@@ -14,9 +14,9 @@ from annformer.data.anndata import AnnDataSource
 from annformer.durations import in_words
 from annformer.errors import AnnformerWarning, input_error
 from annformer.tasks._encoding import embeddings, matched, progress_bar
-from annformer.tasks._given import Cells, Chosen
+from annformer.tasks._given import Cells, Chosen, given_embedding
 from annformer.tasks._index import ReferenceIndex, Study
-from annformer.tasks._mapping_cells import expressed, given_embedding, labelled, require_genes
+from annformer.tasks._mapping_cells import expressed, labelled, require_genes
 from annformer.tasks._search import Nearest, seconds_to_compare
 from annformer.tasks._votes import UNASSIGNED
 

@@ -15,7 +15,7 @@ TILTS = np.linspace(0, 1, 9)
 MOST_WEIGHT = 3.0
 """Where held-back cells are told apart without error, nothing else would keep the answer from certainty."""
 MOST_SCORES = 10_000
-"""Scores of held-back cells that are kept: more tell nothing."""
+"""Values of held-back cells that are kept: more tell nothing."""
 
 
 class Stack(NamedTuple):
@@ -85,9 +85,7 @@ def fit_stack(
     logs = Stack(weights, np.zeros(len(sizes)), np.zeros(0)).log_probabilities(parts)
     rows = np.arange(len(codes))
     frequency = np.log(np.maximum(sizes, 1) / sizes.sum())
-    strangeness = np.sort(1 - np.exp(logs[rows, codes]))
-    if len(strangeness) > MOST_SCORES:
-        strangeness = strangeness[np.linspace(0, len(strangeness) - 1, MOST_SCORES).round().astype(int)]
+    strangeness = thinned(np.sort(1 - np.exp(logs[rows, codes])))
     return Stack(weights, _best_tilt(logs, codes, frequency) * frequency, strangeness)
 
 
@@ -116,3 +114,10 @@ def _macro_f1(truth: Int[np.ndarray, "cell"], called: Int[np.ndarray, "cell"], n
     right = np.bincount(truth[truth == called], minlength=n_types)
     n_true, n_called = np.bincount(truth, minlength=n_types), np.bincount(called, minlength=n_types)
     return float((2 * right / np.maximum(n_true + n_called, 1))[n_true > 0].mean())
+
+
+def thinned(values: Float[np.ndarray, "value"]) -> Float[np.ndarray, "kept"]:
+    """Ascending values of held-back cells, or evenly spaced ones where there are very many."""
+    if len(values) <= MOST_SCORES:
+        return values
+    return values[np.linspace(0, len(values) - 1, MOST_SCORES).round().astype(int)]

@@ -22,13 +22,13 @@ from annformer.data.write import require_place
 from annformer.data.write_columns import write_with_columns
 from annformer.errors import input_error
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
-from annformer.tasks._annotation_cells import UNASSIGNED, Reference, expressed_genes, read_reference, require_enough, require_same_genes
-from annformer.tasks._annotation_columns import columns_of, require_coverage
+from annformer.tasks._annotation_cells import Reference, expressed_genes, read_reference, require_enough
+from annformer.tasks._annotation_columns import columns_of, never_empty, require_coverage
 from annformer.tasks._annotation_recipe import AnnotationRecipe, Learned, Options
-from annformer.tasks._cells import require_counts
+from annformer.tasks._cells import require_counts, require_genes
 from annformer.tasks._classifier import Answer, Classifier, NetworkPart
 from annformer.tasks._encoding import device_named
-from annformer.tasks._finetune import loaded
+from annformer.tasks._finetune import loaded, made_for
 from annformer.tasks._given import Cells, How
 from annformer.tasks._network_part import begun, embedded, frozen_part, network_says, tuned_part, untouched
 from annformer.tasks._output import Output
@@ -318,9 +318,7 @@ class CellTypeClassifier:
         require_coverage(coverage)
         answer = self._answered(adata, {"embedding": embedding, "progress": progress})
         sets = self._classifier.stack.sets(answer.log_probabilities, coverage)
-        if not allow_empty:
-            sets[~sets.any(axis=1), answer.codes[~sets.any(axis=1)]] = True
-        return pd.DataFrame(sets, index=adata.obs_names, columns=list(self.classes_))
+        return pd.DataFrame(sets if allow_empty else never_empty(sets, answer), index=adata.obs_names, columns=list(self.classes_))
 
     def novelty(self, adata: AnnData, *, embedding: str | None = None, progress: bool | None = None) -> Float[np.ndarray, "cell"]:
         """Share of held-back cells of known types that look less strange, for every cell."""
@@ -354,14 +352,11 @@ class CellTypeClassifier:
             When the folder holds a model of another task.
         """
         model = ScGPT.from_pretrained(folder)
-        made = model.config.provenance
-        if made.get("task") != TASK:
-            task = made.get("task", "no task: it is a pretrained one")
-            found = f"the model in {folder} was made for {task}"
-            raise input_error(found, "a model that `annformer annotate fit` or CellTypeClassifier.save wrote", "give its folder")
+        made = made_for(TASK, model, folder, "`annformer annotate fit` or CellTypeClassifier.save")
         learned = Learned.read(made.get("classifier"), where=f"provenance in config.json of {folder}")
+        recipe = AnnotationRecipe.read(made.get("recipe"), where=f"provenance in config.json of {folder}")
         options = learned.options.model_dump() | {"layer": layer, "gene_key": gene_key}
-        one = cls(model, device=device, threads=threads, **options)
+        one = cls(model, recipe=recipe, device=device, threads=threads, **options)
         one.model_, one.classes_, one.n_cells_ = model, learned.types, learned.n_cells
         one._classifier = Classifier.load(Path(folder) / checkpoints.CLASSIFIER, learned.held_back)
         one.history_, one.held_back_ = pd.DataFrame(), learned.held_back
@@ -390,7 +385,7 @@ class CellTypeClassifier:
     def _answer(self, cells: Cells) -> Answer:
         source = cells.source
         vocab = self.model_.vocab.all_trained()
-        require_same_genes(self._classifier.genes, source.match(vocab), source.name)
+        require_genes(self._classifier.genes, source.match(vocab), source.name, "that the reference expresses")
         linear, far = self._classifier.read(source, vocab)
         fitted, network = self._classifier, None
         if len(fitted.stack.weights) > len(linear):
@@ -408,7 +403,7 @@ class CellTypeClassifier:
 
     def _provenance(self, base: ScGPT, recipe: AnnotationRecipe) -> dict[str, Any]:
         options = Options(label_key=self.label_key, batch_key=self.batch_key, layer=self.layer, gene_key=self.gene_key, seed=self.seed)
-        learned = Learned(types=self.classes_, n_cells=self.n_cells_, tuning=recipe.tuning, held_back=self.held_back_, options=options)
+        learned = Learned(types=self.classes_, n_cells=self.n_cells_, held_back=self.held_back_, options=options)
         network = base.name if self.pretrained else "random weights"
         verb = {"full": "fine-tuned", "low-rank": "fine-tuned (low rank)"}.get(recipe.tuning, "used as it is")
         return {
@@ -434,6 +429,3 @@ class CellTypeClassifier:
         if not hasattr(self, "_classifier"):
             found = "a CellTypeClassifier that was not fitted"
             raise input_error(found, "a fitted one", "call fit(adata) first, or CellTypeClassifier.load(folder)")
-
-
-__all__ = ["NOVEL", "UNASSIGNED", "CellTypeClassifier"]

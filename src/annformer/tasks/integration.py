@@ -25,9 +25,9 @@ from annformer.inference import encode_cells
 from annformer.objectives.anchor import Anchor
 from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
 from annformer.tasks._alignment import find_anchors
-from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, require_counts, require_panel
+from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, require_counts, require_genes
 from annformer.tasks._correction import Correction, fit_correction
-from annformer.tasks._finetune import grown, loaded, trained
+from annformer.tasks._finetune import grown, loaded, made_for, trained
 from annformer.tasks._integration_cells import require_batches, warn_empty
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks._place import check_key, check_target, put
@@ -244,11 +244,7 @@ class BatchIntegrator:
             When the folder holds a model of another task.
         """
         model = ScGPT.from_pretrained(folder)
-        made = model.config.provenance
-        if made.get("task") != TASK:
-            task = made.get("task", "no task: it is a pretrained one")
-            found = f"the model in {folder} was made for {task}"
-            raise input_error(found, "a model that `annformer integrate` or BatchIntegrator.save wrote", "give its folder")
+        made = made_for(TASK, model, folder, "`annformer integrate` or BatchIntegrator.save")
         settings = Integrated.read(made.get("integrator"), where=f"provenance in config.json of {folder}")
         loaded_one = cls(model, device=device, threads=threads, **settings.options.model_dump())
         loaded_one.model_, loaded_one.genes_, loaded_one.batches_ = model, model.config.panel, settings.batches
@@ -328,7 +324,8 @@ class BatchIntegrator:
         if self.device is not None:
             self.model_.to(self.device)
         source.match(self.model_.vocab)
-        require_panel(source, self.model_)
+        assert self.model_.panel is not None, "an integration chooses genes"
+        require_genes(self.model_.panel, source.match(self.model_.vocab), source.name, "that the model was fitted on")
         if (n := n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and self.model_.encoder.view is not None:
             found = f"{source.name} has {n:,} genes that the model knows, the fitted cells had {self._n_matched:,}"
             remedy = "give all genes that were measured: a cell's expression is taken relative to their sum"
