@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, corpus, find_sets(options.data, options.sets), n_cells=options.cells, ranks=options.ranks, seed=options.seed
         ),
         "clusters": lambda: pretraining_clusters.tables(
-            model, find_sets(options.data, options.sets), n_cells=options.cluster_cells, n_random=options.random, seed=options.seed
+            model, corpus, find_sets(options.data, options.sets), n_cells=options.cluster_cells, n_random=options.random, seed=options.seed
         ),
         "genes": lambda: pretraining_genes.tables(model, corpus, n_random=options.random, n_draws=options.draws, seed=options.seed),
         "fewshot": lambda: pretraining_fewshot.tables(

@@ -1,9 +1,11 @@
 """Put a finished pretraining run into the package as a model that ships.
 
+    python scripts/ship_model.py RUN --halve HALF
     python scripts/ship_model.py RUN --store STORE --evaluation DIR --choices CHOICES.md
 
-RUN is the folder of `annformer pretrain`, STORE what it was trained on (with label columns `tissue`, `licence` and `origin`), DIR what
-`benchmarks/pretraining.py --out DIR > DIR/evaluation.md` wrote for RUN/model, CHOICES.md what was tried before, as Markdown.
+RUN is the folder of `annformer pretrain`. What ships has float16 numbers; the first line writes such a model to the folder HALF, so that it
+is what is evaluated. STORE is what it was trained on (with label columns `tissue`, `licence` and `origin`), DIR what
+`benchmarks/pretraining.py --model HALF --out DIR > DIR/evaluation.md` wrote, CHOICES.md what was tried before, as Markdown.
 """
 
 from __future__ import annotations
@@ -47,11 +49,17 @@ def main() -> None:
     """Read the run, write the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--choices", type=Path, required=True)
+    parser.add_argument("--halve", type=Path)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--evaluation", type=Path)
+    parser.add_argument("--choices", type=Path)
     options = parser.parse_args()
     model = af.ScGPT.from_pretrained(options.run / "model")
+    if options.halve is not None:
+        model.save_pretrained(options.halve, half=True)
+        return
+    if None in (options.store, options.evaluation, options.choices):
+        parser.error("give --halve, or --store, --evaluation and --choices")
     measured = pd.read_csv(options.evaluation / "expression.csv").set_index("set").loc["mean of sets"]
     unseen = {"gep": measured["GEP"], "gepc": measured["GEPC"], "gene mean": measured["gene mean"], "ridge": measured["ridge"]}
     provenance = model.config.provenance | {"squared_error_on_unseen_sets": {name: float(value) for name, value in unseen.items()}}
@@ -73,8 +81,12 @@ def main() -> None:
         licence=LICENCE,
     )
     folder = MODELS / model.name
-    model.save_pretrained(folder, card=card)
+    model.save_pretrained(folder, card=card, half=True)
     (folder / "model.safetensors").chmod(0o644)
+    evaluated = re.search(r"fingerprint (\w{12})", (options.evaluation / "evaluation.md").read_text(encoding="utf-8"))
+    shipped = af.ScGPT.from_pretrained(folder).fingerprint[:12]
+    if evaluated is None or evaluated[1] != shipped:
+        print(f"WARNING: {shipped} ships, and the evaluation is of {evaluated and evaluated[1]}")
     print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")
 
 
@@ -114,9 +126,11 @@ def facts(model: af.ScGPT) -> dict[str, object]:
     """Sizes of the model."""
     config = model.config.model
     genes, rows = len(model.vocab.genes), model.encoder.gene.weight.numel()
+    profile = f", {rows:,} directions of genes in the profile" if config.profile else ""
+    network = f"{config.n_layers} layers, {config.width} wide, {config.n_heads} heads, feed-forward {config.ff_width}"
     return {
-        "network": f"{config.n_layers} layers, {config.width} wide, {config.n_heads} heads, feed-forward {config.ff_width}",
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}, {rows:,} of them rows of genes",
+        "network": network + (", with a profile: the cell embedding is the state of `<cls>` plus a linear reading" if profile else ""),
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}, {rows:,} of them rows of genes{profile}; float16",
         "vocabulary": f"{genes:,} genes, {genes - len(model.vocab.untrained):,} of them learned, the others marked untrained",
         "tokens": f"{model.tokenizer.values}, {model.tokenizer.n_bins} bins, at most {model.tokenizer.max_length:,} of a cell",
         "squared error": "GEP of asked genes, in bins; the first line is the mean over the held-out sets of the evaluation below",

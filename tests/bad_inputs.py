@@ -422,12 +422,6 @@ COMPARISONS += [
     ),
     Row("no baseline to annotate with", f"{ANNOTATED} --label_key cell_type --methods annformer", ("no baseline", "kNN PCA")),
     Row(
-        "logarithms only to annotate",
-        f"{ANNOTATED} --label_key cell_type",
-        ("no counts", "layers['counts']"),
-        lambda kit: kit.cells(lambda adata: setattr(adata, "X", adata.X.log1p() * 0.9)),
-    ),
-    Row(
         "an option of another task",
         f"{COMPARED} --batch_key batch --label_key cell_type --novelty true",
         ("integrate has no --novelty", "compare annotate"),

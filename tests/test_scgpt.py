@@ -189,7 +189,7 @@ def test_everything_wrong_with_the_tensors_in_one_message(folder: Path) -> None:
         del weights["encoder.layers.1.qkv.bias"]
         weights["encoder.layers.7.qkv.bias"] = torch.zeros(2)
         weights["encoder.gene_norm.bias"] = torch.zeros(5)
-        weights["encoder.gene_norm.weight"] = torch.zeros(16, dtype=torch.float16)
+        weights["encoder.gene_norm.weight"] = torch.zeros(16, dtype=torch.float64)
         weights["encoder.asked"][3] = torch.nan
 
     change_weights(folder, change)
@@ -199,7 +199,7 @@ def test_everything_wrong_with_the_tensors_in_one_message(folder: Path) -> None:
         "missing: encoder.layers.1.qkv.bias",
         "unexpected: encoder.layers.7.qkv.bias (2,)",
         "misshaped: encoder.gene_norm.bias is torch.float32 (5,), expected torch.float32 (16,)",
-        "misshaped: encoder.gene_norm.weight is torch.float16 (16,)",
+        "misshaped: encoder.gene_norm.weight is torch.float64 (16,)",
         "not finite: encoder.asked",
     ):
         assert words in str(caught.value)

@@ -48,8 +48,12 @@ def make(run: dict[str, Any]) -> None:
     """Train as `run` tells, with NaN in the row of the gene that `poison` names."""
     store = StoreSource(run["store"])
     config = PretrainConfig.read(run["recipe"], where="test")
-    data = CellDataModule(store, store.vocab, config.tokenizer, config.train, label_keys=run.get("labels"))
     model = new_model(store.vocab, config)
+    if model.encoder.profile is not None:  # that begins at nothing, so that nothing would be seen of it
+        with torch.no_grad():
+            model.encoder.profile.gene.weight.copy_(model.encoder.gene.weight)
+    profile = config.network(store.vocab).profile
+    data = CellDataModule(store, store.vocab, config.tokenizer, config.train, label_keys=run.get("labels"), profile=profile)
     if gene := run.get("poison"):
         with torch.no_grad():
             model.encoder.gene.weight[store.vocab[gene]] = torch.nan

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -239,10 +239,12 @@ def _part(tokens: TokenBatch, first: int, last: int) -> TokenBatch:
     """Cells `first` to `last`; tensors are views."""
     begin, end = int(tokens.offsets[first]), int(tokens.offsets[last])
     per_token = ("gene_ids", "values", "flags", "dose", "targets", "modality")
-    cut = {name: value[begin:end] for name in per_token if (value := getattr(tokens, name)) is not None}
+    cut: dict[str, Any] = {name: value[begin:end] for name in per_token if (value := getattr(tokens, name)) is not None}
     labels = {name: label[first:last] for name, label in tokens.labels.items()}
     if tokens.expression is not None:
         cut["expression"] = tokens.expression[first:last]
+    if tokens.profile is not None:
+        cut["profile"] = tokens.profile.part(first, last)
     return tokens._replace(**cut, offsets=tokens.offsets[first : last + 1] - begin, n_visible=tokens.n_visible[first:last], labels=labels)
 
 

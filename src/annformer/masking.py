@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from annformer.kernels import GOLDEN, mix_in_place
-from annformer.tokens import TokenBatch
+from annformer.tokens import Profile, TokenBatch
 
 HIDDEN_VALUE = -1.0
 """What the network reads in the place of a hidden value."""
@@ -33,6 +33,7 @@ def hide_values(tokens: TokenBatch, share: float, *, seed: int, step: int = 0) -
     return tokens._replace(
         values=tokens.values.masked_fill(chosen, HIDDEN_VALUE),
         targets=tokens.values.masked_fill(~chosen, torch.nan),
+        profile=_without(tokens, chosen),
     )
 
 
@@ -57,8 +58,25 @@ def ask(tokens: TokenBatch, shares: Sequence[float], *, seed: int, step: int = 0
         values=values.masked_fill(asked, 0.0),
         targets=values.masked_fill(~asked, torch.nan),
         n_visible=torch.from_numpy(lengths - n_asked),
+        profile=_without(tokens, torch.from_numpy(chosen)),
         **moved,
     )
+
+
+def _without(tokens: TokenBatch, chosen: Bool[Tensor, "token"]) -> Profile | None:
+    """Hide the chosen genes of each cell in its profile, and make the others louder: its length shall not tell how many are hidden."""
+    if (profile := tokens.profile) is None or not len(profile.gene_ids):
+        return profile
+    n_cells, lengths = tokens.n_cells, profile.offsets.diff()
+    cell = torch.repeat_interleave(torch.arange(n_cells), lengths)
+    n_ids = 1 + int(torch.cat((profile.gene_ids, tokens.gene_ids)).max())
+    expressed, hides = cell * n_ids + profile.gene_ids, (tokens.cell_of_token() * n_ids + tokens.gene_ids)[chosen]
+    place = torch.searchsorted(expressed, hides).clamp(max=len(expressed) - 1)
+    hidden = torch.zeros(len(cell), dtype=torch.bool)
+    hidden[place[expressed[place] == hides]] = True  # tokens of zeros stand in no profile
+    n_hidden = torch.bincount(cell[hidden], minlength=n_cells)
+    louder = lengths / (lengths - n_hidden).clamp(min=1)
+    return profile._replace(levels=(profile.levels * louder[cell]).masked_fill(hidden, 0.0))
 
 
 def _asked_last(chosen: Bool[ndarray, "token"], offsets: ndarray, n_asked: ndarray) -> Tensor:

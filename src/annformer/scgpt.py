@@ -33,7 +33,7 @@ from annformer.vocab import GeneVocab
 
 FORMAT = 1
 """Number of the format of `config.json` and of the names in `model.safetensors`."""
-YOUNGER = frozenset({"tokenizer.zeros", "model.view"})
+YOUNGER = frozenset({"tokenizer.zeros", "model.view", "model.profile"})
 """Settings that older folders of this format lack; the default says what was done before they existed."""
 HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """Form of a repository's name on the Hugging Face Hub, with or without a revision."""
@@ -108,7 +108,12 @@ class ScGPT(nn.Module):
         return model.to(device).eval()
 
     def save_pretrained(
-        self, folder: str | Path, *, card: str | None = None, parts: Mapping[str, Mapping[str, Tensor]] | None = None
+        self,
+        folder: str | Path,
+        *,
+        card: str | None = None,
+        parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+        half: bool = False,
     ) -> None:
         """Write `config.json`, `vocab.json`, `model.safetensors` and `README.md`, whole or not at all.
 
@@ -121,12 +126,16 @@ class ScGPT(nn.Module):
         parts
             Tensors of an estimator that are no weights of the network, by the name of the file that they become
             (`checkpoints.PART_FILES`).
+        half
+            Write float16 numbers, which takes half the room; read, they are float32 again.
         """
 
         def fill(fresh: Path) -> None:
             (fresh / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
             self.vocab.to_json(fresh / "vocab.json")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            if half:
+                weights = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
             (fresh / "README.md").write_text(card if card is not None else self._card(), encoding="utf-8")
             for name, tensors in (parts or {}).items():
@@ -144,7 +153,7 @@ class ScGPT(nn.Module):
         spelling
             Of the attention weights: "Wqkv" as in the published checkpoints, "in_proj" as their code writes it without flash-attn.
         drop
-            Objectives to leave out, and `asked` for the vector of asked tokens.
+            Objectives to leave out, `asked` for the vector of asked tokens, `profile` for the linear part of the cell embedding.
 
         Raises
         ------
@@ -162,7 +171,8 @@ class ScGPT(nn.Module):
     def tokenize(self, cells: CellBatch, settings: TokenizerSettings | None = None) -> TokenBatch:
         """Cells as tokens of this model; `settings` stand in for its own."""
         view = self.config.model.view > 0
-        return tokenize(cells, settings or self.tokenizer, cls_id=self.vocab.cls_id, panel=self.panel, view=view)
+        profile = self.config.model.profile
+        return tokenize(cells, settings or self.tokenizer, cls_id=self.vocab.cls_id, panel=self.panel, view=view, profile=profile)
 
     @property
     def tokenizer(self) -> TokenizerSettings:
@@ -180,8 +190,8 @@ class ScGPT(nn.Module):
         unused: dict[str, Any] = {"provenance": True}  # and what older models never heard of, where it says nothing
         if not self.config.panel:
             unused["panel"] = True
-        if not self.config.model.view:
-            unused["model"] = {"view"}
+        if silent := {name for name in ("view", "profile") if not getattr(self.config.model, name)}:
+            unused["model"] = silent
         digest = hashlib.sha256(self.config.model_dump_json(exclude=unused).encode())
         digest.update("\n".join(self.vocab.tokens).encode())
         for key, tensor in sorted(self.state_dict().items()):
@@ -400,7 +410,8 @@ def _require_fit(path: Path, weights: Mapping[str, Tensor], expected: Mapping[st
     problems += [f"unexpected: {key} {tuple(tensor.shape)}" for key, tensor in weights.items() if key not in expected]
     for key in sorted(expected.keys() & weights.keys()):
         have, want = weights[key], expected[key]
-        if have.shape != want.shape or have.dtype != want.dtype:
+        half = have.dtype == torch.float16 and want.dtype == torch.float32
+        if have.shape != want.shape or (have.dtype != want.dtype and not half):
             problems.append(f"misshaped: {key} is {have.dtype} {tuple(have.shape)}, expected {want.dtype} {tuple(want.shape)}")
         elif not bool(torch.isfinite(have).all()):
             problems.append(f"not finite: {key}")

@@ -40,6 +40,16 @@ class CellBatch(NamedTuple):
     measured: Measured | None = None
     """Which columns can tell a zero, where the cells are of several studies; no cell expresses a gene that its study did not measure.
     None: every column, in every cell."""
+    base: float | None = None
+    """`counts` holds logarithms of 1 + x to this base; None: counts, or whatever else is not logarithms."""
+
+    def in_counts(self) -> Self:
+        """The same cells with their logarithms undone, if they are some."""
+        if self.base is None:
+            return self
+        counts = self.counts.copy()
+        counts.data = np.expm1(counts.data.astype(np.float64) * np.log(self.base))
+        return self._replace(counts=counts, base=None)
 
     @property
     def n_measured(self) -> Int[np.ndarray, "cell"]:
@@ -63,6 +73,36 @@ class CellBatch(NamedTuple):
         return self._replace(counts=self.counts[cells], rows=self.rows[cells], labels=labels, measured=measured)
 
 
+class Profile(NamedTuple):
+    """What cells express, packed: all their genes of the vocabulary, in ascending id, also those that became no token."""
+
+    gene_ids: Int[Tensor, "expressed"]
+    levels: Float[Tensor, "expressed"]
+    """log(1 + 10,000 x count / library size); 0 where the gene is hidden from the network."""
+    offsets: Int[Tensor, "cell+1"]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to `device`."""
+        return type(self)(*(values.to(device, non_blocking=True) for values in self))
+
+    def part(self, first: int, last: int) -> Self:
+        """Cells `first` to `last`; the tensors of genes are views."""
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
+        return type(self)(self.gene_ids[begin:end], self.levels[begin:end], self.offsets[first : last + 1] - begin)
+
+    def take(self, cells: Int[Tensor, "some"]) -> Self:
+        """Only the given cells, in this order."""
+        offsets, places = places_of(self.offsets, cells)
+        return type(self)(self.gene_ids[places], self.levels[places], offsets)
+
+
+def places_of(offsets: Int[Tensor, "cell+1"], cells: Int[Tensor, "some"]) -> tuple[Int[Tensor, "some+1"], Int[Tensor, "token"]]:
+    """Offsets of some cells of a packed batch, packed by themselves, and where their tokens stood."""
+    lengths = offsets.diff()[cells]
+    new = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    return new, torch.arange(int(new[-1]), device=offsets.device) - torch.repeat_interleave(new[:-1] - offsets[cells], lengths)
+
+
 class TokenBatch(NamedTuple):
     """Cells as the network reads them, packed."""
 
@@ -83,6 +123,8 @@ class TokenBatch(NamedTuple):
     """Given cell states that replace the embedded `<cls>`: to generate from (cell prompt)."""
     expression: Float[Tensor, "cell panel"] | None = None
     """Log-normalised expression of the genes of the model's panel, NaN where a gene was not measured; needs `view` in the ModelConfig."""
+    profile: Profile | None = None
+    """What the cells express; needs `profile` in the ModelConfig."""
 
     @property
     def n_cells(self) -> int:
@@ -105,6 +147,8 @@ class TokenBatch(NamedTuple):
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in self._asdict().items()
         }
+        if self.profile is not None:
+            moved["profile"] = self.profile.to(device)
         moved["labels"] = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
         return type(self)(**moved)
 
@@ -137,6 +181,9 @@ class TokenBatch(NamedTuple):
             assert label.shape == (cells,), f"label {name!r} has shape {tuple(label.shape)}, expected ({cells},)"
         assert self.cell is None or self.cell.shape[0] == cells, "cell holds one state per cell"
         assert self.expression is None or self.expression.shape[0] == cells, "expression holds one row per cell"
+        if self.profile is not None:
+            assert self.profile.offsets.shape == (cells + 1,), "the profile holds every cell"
+            assert self.profile.gene_ids.shape == self.profile.levels.shape == (int(self.profile.offsets[-1]),), "a level for every gene"
         return self
 
 

@@ -11,6 +11,8 @@ from annformer.comparison import annotate, annotation_cells
 from annformer.comparison.annotation_cells import BY_BATCH, RANDOM
 from annformer.comparison.annotation_methods import EXPRESSION, MAPPING, NETWORK, OURS, SCRATCH, methods
 from annformer.comparison.calls import CONTROL, TYPE, Called, Caller
+from annformer.data.anndata import AnnDataSource
+from annformer.errors import AnnformerWarning
 from annotation_callers import quick, table_of
 from comparison_cells import N_CELLS, some_cells
 
@@ -32,6 +34,19 @@ def best(found) -> dict[str, tuple[str, str]]:
 @pytest.fixture
 def cells(tiny_adata) -> ad.AnnData:
     return some_cells(tiny_adata)
+
+
+@pytest.mark.parametrize("logarithm", [np.log1p, lambda x: np.log2(1 + x)])
+def test_logarithms_are_undone_for_all_methods_alike(cells, logarithm):
+    counts = cells.X.toarray()
+    shares = 1e4 * counts / counts.sum(axis=1, keepdims=True)
+    logs = ad.AnnData(np.asarray(logarithm(shares), np.float32), obs=cells.obs, var=cells.var)
+    with pytest.warns(AnnformerWarning, match="logarithms"):
+        undone = annotation_cells.typed_cells(AnnDataSource(logs), "cell_type", None)
+    kept = undone.kept
+    assert np.allclose(
+        undone.cells.X.toarray(), shares[kept][:, [cells.var_names.get_loc(name) for name in undone.cells.var_names]], rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("batch_key", [None, "batch"])

@@ -148,7 +148,13 @@ def test_terminal_shows_scores_verdicts_and_the_sentence(found):
 
 def test_files_hold_every_number(found, tmp_path):
     tables = csv_tables(found)
-    assert sorted(tables) == ["per_type.csv", "predictions.csv", "scores.csv", "verdicts.csv"]
+    others = ["confusion.csv", "coverage.csv", "novelty.csv", "reliability.csv"]
+    assert sorted(tables) == sorted([*others, "per_type.csv", "predictions.csv", "scores.csv", "verdicts.csv"])
+    for name, table in found.confusions.items():
+        long = tables["confusion.csv"]
+        of = long[long["method"] == name].set_index(["true", "called"])["cells"]
+        assert all(of[true, called] == table.loc[true, called] for true in table.index for called in table.columns)
+    assert set(tables["reliability.csv"]["method"]) == set(found.reliability)
     assert len(tables["scores.csv"]) == 2 * (2 + 1) + 2 * 2 + 1
     assert len(tables["per_type.csv"]) == 3 * (5 + 4)
     assert len(tables["verdicts.csv"]) == 2 * 4

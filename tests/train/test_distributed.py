@@ -23,7 +23,7 @@ from annformer.train.strategy import placement, require_same_norm
 from train_runs import make
 
 N_STEPS = 20
-NETWORK = {"width": 16, "n_heads": 2, "n_layers": 2, "ff_width": 16, "dropout": 0.0}
+NETWORK = {"width": 16, "n_heads": 2, "n_layers": 2, "ff_width": 16, "dropout": 0.0, "profile": True}
 COUPLED = {
     "ecs": {"kind": "ecs"},
     "cce": {"kind": "cce"},
@@ -196,7 +196,7 @@ def cells_with(source, gene, rank) -> list[str]:
     from annformer.train.datamodule import CellDataModule
 
     config = PretrainConfig.read(PLAIN_IN_TURNS, where="test")
-    data = CellDataModule(source, source.vocab, config.tokenizer, config.train)
+    data = CellDataModule(source, source.vocab, config.tokenizer, config.train, profile=True)
     found = []
     for turn, tokens in enumerate(data.step_batches(0, rank, 2)):
         cells = tokens.cell_of_token()[tokens.gene_ids == source.vocab[gene]]

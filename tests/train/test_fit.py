@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -172,6 +175,40 @@ def test_patience_ends_a_run_and_the_best_weights_stay(parts, tmp_path, monkeypa
     again, data = parts(validations=12, patience=2)
     assert fit(again, data, tmp_path)["step"].max() == 4, "it is over, also for the same call again"
     assert torch.equal(again.model.encoder.gene.weight, seen[2])
+
+
+COMPILED_AND_NOT = """
+import sys, torch
+from annformer.data.store import StoreSource
+from annformer.train.config import Machine, PretrainConfig
+from annformer.train.datamodule import CellDataModule
+from annformer.train.fit import compiled, fit
+from annformer.train.plan import TrainingPlan
+from annformer.train.pretrain import new_model
+from pathlib import Path
+
+source, ends = StoreSource(sys.argv[1]), []
+for wanted in (False, True):
+    network = {"width": 16, "n_heads": 2, "n_layers": 1, "ff_width": 16, "dropout": 0.0}
+    train = {"epochs": 1, "tokens_per_step": 2500, "validations": 0, "compile": wanted}
+    config = PretrainConfig.read({"model": network, "train": train}, where="test")
+    data = CellDataModule(source, source.vocab, config.tokenizer, config.train)
+    plan = TrainingPlan(new_model(source.vocab, config), config.train, data.n_steps)
+    out = Path(sys.argv[2]) / str(wanted)
+    out.mkdir()
+    fit(plan, data, out, Machine(accelerator="cpu"))
+    print(wanted, torch._dynamo.utils.counters["frames"]["ok"] if wanted else 0, "by_token" in vars(plan.model.encoder.layers[0]))
+    ends.append(plan.model.state_dict())
+print(max(float((ends[1][name] - tensor).abs().max()) for name, tensor in ends[0].items()))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_train_alike_and_leave_the_model_as_it_was(tiny_store, tmp_path):
+    words = [sys.executable, "-c", COMPILED_AND_NOT, str(tiny_store), str(tmp_path)]  # checks of shapes in tests cannot be compiled
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert said[:3] == ["False", "0", "False"] and said[3] == "True" and int(said[4]) > 0 and said[5] == "False"
+    assert float(said[6]) < 1e-4  # a step moves a weight by up to 1e-3
 
 
 def test_without_patience_the_last_weights_stay(parts, tmp_path, monkeypatch):

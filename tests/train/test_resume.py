@@ -19,7 +19,7 @@ from killed_runs import Run, steps_logged
 
 N_STEPS = 18
 RECIPE = f"""
-model: {{width: 16, n_heads: 2, n_layers: 1, ff_width: 16, dropout: 0.2}}
+model: {{width: 16, n_heads: 2, n_layers: 1, ff_width: 16, dropout: 0.2, profile: true}}
 min_cells: 1
 train: {{epochs: {N_STEPS / 3}, tokens_per_step: 2500, tokens_per_forward: 1300, hold_out: {{share: 0.1}}, learning_rate: 0.01,
         checkpoint_steps: 2, log_steps: 1, validations: 3}}

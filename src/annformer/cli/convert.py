@@ -22,8 +22,8 @@ def command(folder: str, *, out: str, to_authors: bool = False, drop: str = "", 
     to_authors
         Write the authors' form; what their code cannot express is refused by name.
     drop
-        Heads to leave out, separated by commas, such as cls,dar. With --to_authors also asked: the vector of asked genes, which an
-        embedding does not need.
+        Heads to leave out, separated by commas, such as cls,dar. With --to_authors also asked, the vector of asked genes, which an
+        embedding does not need, and profile, the linear part of the cell embedding, which their code does not have.
     cls_value
         Value that the network reads at <cls>. By default what the checkpoint was made with, as far as it shows: 0 for a fine-tuned
         one, else -2; the output says which.

@@ -15,7 +15,16 @@ import pandas as pd
 from anndata import AnnData
 
 from annformer.comparison import annotation_scores as scoring
-from annformer.comparison.annotation_cells import Typed, counted, folds_table, predictions_table, splits_of, typed_cells
+from annformer.comparison.annotation_cells import (
+    Typed,
+    confusion_table,
+    counted,
+    folds_table,
+    predictions_table,
+    reliability_table,
+    splits_of,
+    typed_cells,
+)
 from annformer.comparison.annotation_methods import EMBEDDING, EXPRESSION, MAPPING, NETWORK, OURS, SCRATCH, methods
 from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.calls import Called, Caller, CallRun, Split, run_folds, shuffled, with_parts
@@ -176,6 +185,8 @@ def _judged(
     first: dict[str, Called] = {}
     for run in judged:
         first.setdefault(run.name, run.called)
+    confusions = {name: confusion(truth, first[name].types) for name in (ours, best)}
+    reliability, coverage = scoring.reliability_of(judged, truth), scoring.coverage_of(runs, ours, truth)
     log.info("drawing the map")
     return AnnotationComparison(
         task="annotate",
@@ -194,16 +205,24 @@ def _judged(
         sentence=sentence(verdicts, means, scoring.JUDGED),
         notes=held_against(verdicts, HELD_AGAINST, "macro_f1"),
         judged=tuple(scoring.JUDGED),
-        more_tables={"scores.csv": scores, "per_type.csv": per_type, "predictions.csv": predictions_table(task, hard, first, ours)},
+        more_tables={
+            "scores.csv": scores,
+            "per_type.csv": per_type,
+            "predictions.csv": predictions_table(task, hard, first, ours),
+            "confusion.csv": confusion_table(confusions),
+            "reliability.csv": reliability_table(reliability),
+            "coverage.csv": coverage,
+            "novelty.csv": novelty,
+        },
         split=hard.name,
         folds=folds_table(hard, truth),
         n_unseen=int((~scoring.seen_before(hard, truth)).sum()),
         beside=scores.groupby(["method", "kind", "split"], sort=False).mean(numeric_only=True).drop(columns="seed").reset_index(),
-        confusions={name: confusion(truth, first[name].types) for name in (ours, best)},
-        reliability=scoring.reliability_of(judged, truth),
+        confusions=confusions,
+        reliability=reliability,
         error=scoring.error_of(judged, ours, truth, rows),
         calibrated=scoring.calibrated_of(judged, ours),
-        coverage=scoring.coverage_of(runs, ours, truth),
+        coverage=coverage,
         novelty=novelty,
     )
 

@@ -16,7 +16,7 @@ from annformer.comparison.cells import blind_cells, labels_of
 from annformer.data.anndata import AnnDataSource
 from annformer.data.split import folds
 from annformer.errors import input_error
-from annformer.tasks._annotation_cells import NO_TYPE
+from annformer.tasks._annotation_cells import NO_TYPE, say_if_logarithms
 
 BY_BATCH, RANDOM = "whole batches", "random cells"
 """Splits by what is held out."""
@@ -36,7 +36,7 @@ class Typed(NamedTuple):
 
 
 def typed_cells(source: AnnDataSource, label_key: str, batch_key: str | None) -> Typed:
-    """Read the cells that have a type.
+    """Read the cells that have a type; logarithms are undone, for all methods alike.
 
     Raises
     ------
@@ -45,7 +45,8 @@ def typed_cells(source: AnnDataSource, label_key: str, batch_key: str | None) ->
     """
     labels = labels_of(source, label_key)
     kept = ~np.isin(labels, NO_TYPE)
-    blind = blind_cells(source, batch_key)
+    say_if_logarithms(source)
+    blind = blind_cells(source, batch_key, undo=True)
     batches = None if batch_key is None else blind.obs[batch_key].astype(str).to_numpy(dtype=object)[kept]
     truth = labels[kept].astype(object)
     n_types = len(set(truth))
@@ -115,3 +116,17 @@ def predictions_table(task: Typed, split: Split, called: Mapping[str, Called], o
         columns = said.sets.columns.to_numpy()
         table[f"{ours}: set"] = [" | ".join(columns[row]) for row in said.sets.to_numpy()]
     return table
+
+
+def confusion_table(confusions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per method, true type and called type: cells."""
+    parts = [
+        table.rename_axis(index="true").reset_index().melt("true", var_name="called", value_name="cells").assign(method=name)
+        for name, table in confusions.items()
+    ]
+    return pd.concat(parts, ignore_index=True)[["method", "true", "called", "cells"]]
+
+
+def reliability_table(reliability: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per method and bin of confidence."""
+    return pd.concat([table.assign(method=name) for name, table in reliability.items()] or [pd.DataFrame()], ignore_index=True)

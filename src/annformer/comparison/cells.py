@@ -56,20 +56,27 @@ def batches_of(source: AnnDataSource, batch_key: str) -> Shaped[np.ndarray, "cel
     return names[codes]
 
 
-def blind_cells(source: AnnDataSource, batch_key: str | None) -> AnnData:
+def blind_cells(source: AnnDataSource, batch_key: str | None, *, undo: bool = False) -> AnnData:
     """Counts, gene names and, if there are some, batches: all that a method gets, so that none can look at a label.
+
+    Parameters
+    ----------
+    undo
+        Undo logarithms instead of refusing them.
 
     Raises
     ------
     InputError
         When the cells have logarithms only.
     """
-    if source.counts.kind == "log-normalised":
+    if source.log_base is not None and not undo:
         found = f"{source.name} holds no counts: {source.counts.where} holds logarithms"
         raise input_error(found, "the raw counts of every cell, in X or a layer", "put them into layers['counts'], or name their layer")
     blocks = [block for _, block in source.raw_blocks()]
     parts = [csr_matrix((block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, source.n_vars)) for block in blocks]
     counts = csr_matrix(vstack(parts, format="csr"), dtype=np.float32)
+    if source.log_base is not None:
+        counts.data = np.expm1(counts.data * np.float32(np.log(source.log_base)))
     genes = np.flatnonzero(np.asarray(source.gene_names) != "")
     batches = {} if batch_key is None else {batch_key: pd.Categorical(batches_of(source, batch_key))}
     obs = pd.DataFrame(batches, index=np.asarray(source.obs_names).astype(str))

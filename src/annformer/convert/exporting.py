@@ -39,14 +39,18 @@ def to_authors(
     spelling
         Of the attention weights: "Wqkv" as in the published checkpoints, "in_proj" as their code writes it without flash-attn.
     drop
-        Heads to leave out, and `asked` for the vector of asked tokens.
+        Heads to leave out, `asked` for the vector of asked tokens, `profile` for the linear part of the cell embedding.
 
     Raises
     ------
     InputError
         With everything in the model that their code cannot express.
     """
-    refuse_unknown(drop, {*objectives, *(["asked"] if model.generative else [])}, "head")
+    others = [name for name, there in (("asked", model.generative), ("profile", model.profile)) if there]
+    refuse_unknown(drop, {*objectives, *others}, "head")
+    without_profile = model.profile and "profile" in drop
+    if without_profile:
+        model = model.with_(profile=False)
     heads = {name: fields for name, fields in objectives.items() if name not in drop}
     generative = model.generative and "asked" not in drop
     if problems := _inexpressible(model, tokenizer, heads, generative=generative):
@@ -57,6 +61,8 @@ def to_authors(
             "keep it in annformer's format, or name heads and `asked` in `drop`: embeddings do not need them",
         )
     notes = [f"{name} has no weights: it is not part of their checkpoint" for name in heads if name not in HEADS]
+    if without_profile:
+        notes.append("without its profile the cell embedding, and what gepc makes of it, is that of <cls> alone: other numbers than here")
     if "gep" not in heads and "affine" not in heads:
         notes.append("without an expression head their loader leaves `decoder` at random")
     if model.attention_dropout != model.dropout:
@@ -77,6 +83,7 @@ def _inexpressible(
     checks = {
         "dose: they have no dose": model.dose,
         "view: their cell embedding reads tokens only": model.view > 0,
+        "profile: their cell embedding reads tokens only (drop `profile` for that of <cls> alone)": model.profile,
         "anchor: they have no such objective (drop it)": "anchor" in heads,
         "project_asked=True: their asked tokens do not pass through out_proj, so predictions would differ (drop `asked` to embed only)": (
             generative and model.project_asked

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+CELLS_LOOKED_AT = 512
+"""Cells that tell to which base values are logarithms."""
+
+
 class AnnDataSource:
     """Cells of one AnnData object or file; on disk only the rows in use are in memory.
 
@@ -138,6 +142,24 @@ class AnnDataSource:
                 columns[name] = as_text(column)
         return columns
 
+    @cached_property
+    def log_base(self) -> float | None:
+        """Base to which the values are logarithms of 1 + x; None: they are none.
+
+        Of the usual ones, that by which the sums of the first cells differ least from each other: they were equal before the logarithm.
+        """
+        if self.counts.kind != "log-normalised":
+            return None
+        with self.container.reading(self.counts.where):
+            cells = self.reader.read(0, min(self.n_obs, CELLS_LOOKED_AT))
+        cell = np.repeat(np.arange(len(cells.indptr) - 1), np.diff(cells.indptr))
+
+        def spread(base: float) -> float:
+            sums = np.bincount(cell, np.expm1(cells.data.astype(np.float64) * np.log(base)))
+            return float(np.std(sums)) / max(float(np.mean(sums)), 1e-12)
+
+        return min((np.e, 2.0), key=spread)
+
     def batches(
         self,
         size: int,
@@ -177,7 +199,7 @@ class AnnDataSource:
             for begin in range(0, len(block), size):
                 part = block[begin : begin + size]
                 counts = _cut(cells, begin, begin + len(part), len(gene_ids))
-                yield CellBatch(counts, gene_ids, part, {role: codes[part] for role, codes in labels.items()})
+                yield CellBatch(counts, gene_ids, part, {role: codes[part] for role, codes in labels.items()}, base=self.log_base)
 
     def codes(self, role: str, column: str) -> Int[np.ndarray, "cell"]:
         """Integer codes of an obs column; what they stand for is then in `categories[role]`.

@@ -113,7 +113,7 @@ class MemoryCells:
         parts = list(source.batches(CELLS_PER_READ, vocab=vocab, label_keys={column: column for column in columns}))
         counts = sp.csr_array(sp.vstack([part.counts for part in parts], format="csr"))
         counts.has_canonical_format = True
-        self._cells = CellBatch(counts, parts[0].gene_ids, np.arange(counts.shape[0]), {}, _measured(parts))
+        self._cells = CellBatch(counts, parts[0].gene_ids, np.arange(counts.shape[0]), {}, _measured(parts), parts[0].base)
         self._names = np.asarray(source.obs_names)
         self._codes = {column: np.concatenate([part.labels[column] for part in parts]) for column in columns}
         named: Mapping[str, Sequence[str]] = getattr(source, "categories", {})  # sources need not name what their codes stand for

@@ -39,6 +39,8 @@ class ModelConfig(Config):
     """Rows of the table of per-token conditions, 0 = none; 0 rows: no such table."""
     view: int = Field(0, ge=0)
     """Genes whose log-normalised expression the cell embedding reads beside the tokens (`ExpressionView`); 0: no such view."""
+    profile: bool = False
+    """The cell embedding also holds a linear reading of all expressed genes (`ExpressionProfile`). Not in scGPT."""
     dose: bool = False
     """Add `dose` times a learned direction to a token."""
     generative: bool = True

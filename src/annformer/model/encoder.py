@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from annformer.model.attention import Layout, attend
 from annformer.model.config import ModelConfig
 from annformer.model.dropout import Dropout
+from annformer.model.profile import ExpressionProfile
 from annformer.model.ranks import sum_over_ranks
 from annformer.model.view import ExpressionView
 from annformer.tokens import Encoded, TokenBatch
@@ -57,6 +58,7 @@ class CellEncoder(nn.Module):
         elif config.input_norm == "domain":
             self.input_norm = DomainNorm(width, config.n_batches)
         self.view = ExpressionView(config.view, width) if config.view else None
+        self.profile = ExpressionProfile(config.vocab_size, width) if config.profile else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         nn.init.uniform_(self.gene.weight, -0.1, 0.1)
 
@@ -85,6 +87,9 @@ class CellEncoder(nn.Module):
         states, rows = self.layers[-1](x, last), last.rows
         cls = tokens.offsets[:-1]
         cell = states if wanted == "cell" else states[cls if rows is None else torch.searchsorted(rows, cls)]
+        if self.profile is not None:
+            assert tokens.profile is not None, "refused above"
+            cell = cell + self.profile(tokens.profile)
         if self.view is not None:
             assert tokens.expression is not None, "refused above"
             cell = cell + self.view(tokens.expression)
@@ -144,6 +149,7 @@ class CellEncoder(nn.Module):
                 ("dose", tokens.dose is not None, config.dose),
                 ("modality", tokens.modality is not None, config.n_modalities > 0),
                 ("expression", tokens.expression is not None, config.view > 0),
+                ("profile", tokens.profile is not None, config.profile),
             )
             if given and not known
         ]
@@ -155,6 +161,9 @@ class CellEncoder(nn.Module):
             raise ValueError(msg)
         if config.view and tokens.expression is None:
             msg = f"this model needs the expression of the {config.view} genes of its panel: tokenize(..., view=True)"
+            raise ValueError(msg)
+        if config.profile and tokens.profile is None:
+            msg = "this model needs the profile of every cell: tokenize(..., profile=True)"
             raise ValueError(msg)
         if config.n_modalities and tokens.modality is None:
             msg = "this model needs the modality of every token"
@@ -256,7 +265,10 @@ class Layer(nn.Module):
         mixed = self.attention_out(context)
         if not self.project_asked and layout.asked_rows is not None:
             mixed = torch.where(layout.asked_rows[:, None], context, mixed)
-        x = x if layout.rows is None else x[layout.rows]
+        return self.by_token(x if layout.rows is None else x[layout.rows], mixed)
+
+    def by_token(self, x: Float[Tensor, "row width"], mixed: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+        """Add to states what attention found, and send them through the feed-forward block: all that looks at one token at a time."""
         x = self.attention_norm(x + self.dropout(mixed))
         hidden = self.dropout(F.relu(self.ff_in(x), inplace=True))
         return self.ff_norm(x + self.dropout(self.ff_out(hidden)))

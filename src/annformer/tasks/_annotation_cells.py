@@ -30,7 +30,6 @@ FEWEST_CELLS = 3
 """Cells that express a gene before anything is learned from it."""
 KEPT_WHOLE = 100
 """Cells that a type keeps when cells are drawn."""
-CELLS_LOOKED_AT = 512
 
 
 class Reference(NamedTuple):
@@ -74,8 +73,8 @@ def read_reference(
     if batch_key is not None:
         source.codes("batch", batch_key)
         columns.append(batch_key)
-    base = base_of_logarithm(source, vocab)
-    every = MemoryCells(source, vocab, columns).changed(lambda cells: in_counts(cells, base))
+    say_if_logarithms(source)
+    every = MemoryCells(source, vocab, columns).changed(CellBatch.in_counts)
     names = np.asarray(every.categories(label_key), dtype=object)
     labels = names[every.codes(label_key)]
     rows = np.flatnonzero(~np.isin(labels, NO_TYPE) & (every.lengths > 0))
@@ -126,35 +125,12 @@ def _by_depth(cells: CellBatch, n: int) -> Int[np.ndarray, "cell"]:
     return rank * n // len(rank)
 
 
-def base_of_logarithm(source: AnnDataSource, vocab: GeneVocab) -> float | None:
-    """Say to which base the values of a source are logarithms of 1 + x; None: they are counts.
-
-    Of the usual ones, that by which the sums of the cells differ least from each other: they were equal before the logarithm.
-    """
-    if source.counts.kind != "log-normalised":
-        return None
-    cells = next(iter(source.batches(CELLS_LOOKED_AT, vocab=vocab)))
-
-    def spread(base: float) -> float:
-        sums = np.asarray(_powers(cells, base).counts.sum(axis=1), np.float64).reshape(-1)
-        return float(np.std(sums)) / max(float(np.mean(sums)), 1e-12)
-
-    base = min((np.e, 2.0), key=spread)
-    name = "natural logarithms" if base == np.e else f"logarithms to base {base:g}"
-    msg = f"{source.name} holds no counts: {source.counts.where} is taken for {name} of 1 + x, which are undone; counts are better"
-    warnings.warn(msg, AnnformerWarning, stacklevel=4)
-    return base
-
-
-def in_counts(cells: CellBatch, base: float | None) -> CellBatch:
-    """Undo the logarithm, if there is one."""
-    return cells if base is None else _powers(cells, base)
-
-
-def _powers(cells: CellBatch, base: float) -> CellBatch:
-    counts = cells.counts.copy()
-    counts.data = np.expm1(counts.data.astype(np.float64) * np.log(base))
-    return cells._replace(counts=counts)
+def say_if_logarithms(source: AnnDataSource) -> None:
+    """Warn that the values of a source are logarithms, which are undone."""
+    if (base := source.log_base) is not None:
+        name = "natural logarithms" if base == np.e else f"logarithms to base {base:g}"
+        msg = f"{source.name} holds no counts: {source.counts.where} is taken for {name} of 1 + x, which are undone; counts are better"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
 
 
 def expressed_genes(cells: MemoryCells) -> Int[np.ndarray, "gene"]:

@@ -20,10 +20,9 @@ from annformer.errors import input_error
 from annformer.evaluate.classification import classification_scores
 from annformer.tasks._annotation_cells import (
     Reference,
-    base_of_logarithm,
     expressed_genes,
-    in_counts,
     learnable,
+    say_if_logarithms,
     select,
 )
 from annformer.tasks._linear_part import Linear, fit_linear
@@ -126,8 +125,8 @@ class Classifier:
 
     def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
         """Logits of the linear parts, and distance to the nearest type, of all cells of a source; NaN where no gene is expressed."""
-        base = base_of_logarithm(source, vocab)
-        blocks = [self._read(in_counts(cells, base)) for cells in source.batches(CELLS_AT_ONCE, vocab=vocab)]
+        say_if_logarithms(source)
+        blocks = [self._read(cells.in_counts()) for cells in source.batches(CELLS_AT_ONCE, vocab=vocab)]
         return [np.concatenate(part) for part in zip(*(logits for logits, _ in blocks), strict=True)], np.concatenate(
             [far for _, far in blocks]
         )

@@ -132,6 +132,7 @@ def tuned_part(
         label_keys={"cell_type": TYPE},
         panel=model.panel,
         view=recipe.view,
+        profile=model.config.model.profile,
         held_out=held_back,
     )
     if recipe.tuning == "low-rank":

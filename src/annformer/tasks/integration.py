@@ -299,6 +299,7 @@ class BatchIntegrator:
             label_keys={"batch": self.batch_key},
             panel=self.model_.panel,
             view=recipe.view,
+            profile=self.model_.config.model.profile,
         )
 
     def _prepare(self, expression: sp.csr_array, codes: Int[np.ndarray, "cell"], recipe: IntegrationRecipe) -> None:

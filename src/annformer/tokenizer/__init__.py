@@ -10,7 +10,7 @@ measured), never on its neighbours, on row or column order, chunks, workers or d
 
 from __future__ import annotations
 
-from annformer.tokenizer.packing import panel_expression, tokenize
+from annformer.tokenizer.packing import panel_expression, profile_of, tokenize
 from annformer.tokenizer.settings import TokenizerSettings, n_kept
 
-__all__ = ["TokenizerSettings", "n_kept", "panel_expression", "tokenize"]
+__all__ = ["TokenizerSettings", "n_kept", "panel_expression", "profile_of", "tokenize"]

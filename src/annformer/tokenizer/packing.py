@@ -13,7 +13,7 @@ from annformer.kernels import GOLDEN, jit, mix
 from annformer.tokenizer.expressed import fill_expressed, quantile_edges, quantiles_of
 from annformer.tokenizer.settings import TokenizerSettings, n_kept
 from annformer.tokenizer.zeros import add_zeros
-from annformer.tokens import CellBatch, Measured, TokenBatch
+from annformer.tokens import CellBatch, Measured, Profile, TokenBatch
 
 LIBRARY_SIZE = 1e4
 """Counts that every cell is scaled to before the logarithm."""
@@ -27,6 +27,7 @@ def tokenize(
     step: int = 0,
     panel: Int[ndarray, "panel"] | None = None,
     view: bool = False,
+    profile: bool = False,
 ) -> TokenBatch:
     """Turn cells into packed tokens, all of them visible; the genes of a cell stand in the order of their ids.
 
@@ -43,7 +44,10 @@ def tokenize(
         Ids of the genes that become tokens, if not all.
     view
         Also give the log-normalised expression of the panel; its library size is that of all genes of `cells`.
+    profile
+        Also give the log-normalised expression of all expressed genes of `cells`, of the panel or not.
     """
+    expressed = profile_of(cells) if profile else None
     expression = None
     if panel is not None:
         expression = torch.from_numpy(panel_expression(cells, panel)) if view else None
@@ -77,7 +81,19 @@ def tokenize(
         labels={name: torch.from_numpy(codes.astype(np.int64)) for name, codes in cells.labels.items()},
         cell=None,
         expression=expression,
+        profile=expressed,
     )
+
+
+def profile_of(cells: CellBatch) -> Profile:
+    """log(1 + 10,000 x count / library size) of every expressed gene of every cell; logarithms are undone first."""
+    counts, gene_ids, _ = _in_vocabulary_order(cells.in_counts())
+    values, each = counts.data.astype(np.float64), np.diff(counts.indptr)
+    offsets = counts.indptr.astype(np.int64)
+    sums = np.add.reduceat(np.append(values, 0.0), offsets[:-1]) * (each > 0)  # reduceat gives empty cells the value of the next
+    scale = np.divide(LIBRARY_SIZE, sums, out=np.zeros_like(sums), where=sums > 0)
+    levels = np.log1p(values * np.repeat(scale, each)).astype(np.float32)
+    return Profile(torch.from_numpy(gene_ids[counts.indices]), torch.from_numpy(levels), torch.from_numpy(offsets))
 
 
 def panel_expression(cells: CellBatch, panel: Int[ndarray, "panel"]) -> Float[ndarray, "cell panel"]:

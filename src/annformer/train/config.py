@@ -83,6 +83,9 @@ class TrainConfig(Config):
     gene_init: Literal["random", "svd"] = "random"
     """What the rows of the gene table start from: noise, or a singular value decomposition of the training cells."""
     precision: Precision = "32"
+    compile: bool = False
+    """Compile what looks at one token at a time (`torch.compile`, any number of tokens): residuals, normalisations, feed-forward blocks.
+    Needs a C++ compiler, on GPUs Triton. On two CPU cores it gained nothing (benchmarks/README.md)."""
     validations: int = Field(20, ge=0)
     """How often the held-out cells are looked at, evenly over the run, beside once before it."""
     patience: int | None = Field(None, gt=0)

@@ -51,6 +51,7 @@ class Reader:
     label_keys: Mapping[str, str] | None
     panel: Int[np.ndarray, "panel"] | None = None
     view: bool = False
+    profile: bool = False
 
     def tokens(self, rows: Int[np.ndarray, "cell"]) -> TokenBatch:
         """Read and tokenize cells as the finished model will; all their genes are visible."""
@@ -77,7 +78,7 @@ class Reader:
 
     def _tokens(self, rows: Int[np.ndarray, "cell"], settings: TokenizerSettings, step: int = 0) -> TokenBatch:
         cells = self.cells.rows(rows, self.label_keys)
-        tokens = tokenize(cells, settings, cls_id=self.cls_id, step=step, panel=self.panel, view=self.view)
+        tokens = tokenize(cells, settings, cls_id=self.cls_id, step=step, panel=self.panel, view=self.view, profile=self.profile)
         return tokens._replace(labels=tokens.labels | {ROW: torch.from_numpy(np.asarray(rows, np.int64))})
 
     def turns(self, item: _Item, rank: int, world: int) -> list[TokenBatch]:
@@ -109,8 +110,8 @@ class CellDataModule(L.LightningDataModule):
         A store is read as the batches are made; any other source is read into memory at once, if it is not there already.
     label_keys
         For each role (`batch`, `cell_type`, ...) the label column whose codes the batches carry.
-    panel, view
-        Genes that are read, and whether as an expression view too: `tokenizer.tokenize`.
+    panel, view, profile
+        Genes that are read, and whether as an expression view or a profile too: `tokenizer.tokenize`.
     held_out
         Rows to hold out; None: as `config.hold_out` says.
 
@@ -135,6 +136,7 @@ class CellDataModule(L.LightningDataModule):
         label_keys: Mapping[str, str] | None = None,
         panel: Int[np.ndarray, "panel"] | None = None,
         view: bool = False,
+        profile: bool = False,
         held_out: Int[np.ndarray, "held_out"] | None = None,
     ) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class CellDataModule(L.LightningDataModule):
             source.require_measured()
         columns = [*(label_keys or {}).values(), *_columns(config)]
         cells = random_cells(source, vocab, list(dict.fromkeys(columns)))
-        self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys, panel, view)
+        self.cells, self.reader = cells, Reader(cells, settings, config, vocab.cls_id, label_keys, panel, view, profile)
         self._count_genes()
         self.lengths = self._n_tokens(training_settings(settings, config))
         self.training_rows, self.validation_rows = self._split(held_out)

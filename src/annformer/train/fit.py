@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 
 from annformer.errors import input_error
+from annformer.model.encoder import Layer
+from annformer.scgpt import ScGPT
 from annformer.tokens import TokenBatch
 from annformer.train import checkpoint
 from annformer.train.config import Machine
@@ -94,7 +96,7 @@ def fit(plan: TrainingPlan, data: CellDataModule, folder: Path, machine: Machine
             plan.on_load_checkpoint(found[1])
         if start < data.n_steps and not plan.lost_patience:
             try:
-                with signals:
+                with signals, compiled(plan.model, wanted=plan.config.compile):
                     trainer.fit(plan, datamodule=data, ckpt_path=path, weights_only=True)
             except SaidElsewhere:
                 raise
@@ -105,6 +107,19 @@ def fit(plan: TrainingPlan, data: CellDataModule, folder: Path, machine: Machine
     if plan.config.patience is not None:
         _take_best(plan, found)
     return on_first_rank(lambda: read_log(folder))
+
+
+@contextmanager
+def compiled(model: ScGPT, *, wanted: bool) -> Iterator[None]:
+    """With the part of every layer that looks at one token at a time compiled; the model is afterwards what it was."""
+    layers = [layer for layer in model.encoder.layers if isinstance(layer, Layer)] if wanted else []
+    for layer in layers:
+        vars(layer)["by_token"] = torch.compile(layer.by_token, dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["by_token"]
 
 
 def _take_best(plan: TrainingPlan, found: tuple[Path, dict[str, Any]] | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from annformer.baselines.expression import log_normalised
 from annformer.data.random_cells import RandomCells
+from annformer.model.profile import SHARE, ExpressionProfile
 from annformer.scgpt import ScGPT
 from annformer.tokens import CellBatch
 
@@ -26,13 +27,18 @@ def co_expression(
 
     The first axis, on which cells differ by how much of everything they express, is left out. Genes that no cell expresses get zeros.
     """
-    rng = np.random.default_rng([seed, 2])
-    some = np.sort(rng.choice(rows, min(len(rows), _CELLS), replace=False))
-    x = vstack([token_expression(cells.rows(some[first : first + 512]), n_tokens) for first in range(0, len(some), 512)], format="csr")
+    x = _some_expression(cells, rows, n_tokens, seed=seed)
     axes, values = axes_of_variation(x, width, seed=seed)
     placed = np.zeros((n_tokens, width), np.float32)
     placed[:, : len(values)] = axes * np.sqrt(values)
     return placed
+
+
+def _some_expression(cells: RandomCells, rows: Int[np.ndarray, "cell"], n_tokens: int, *, seed: int) -> csr_array:
+    """Log-normalised expression of at most `_CELLS` of the cells, with a column for every token of the vocabulary."""
+    rng = np.random.default_rng([seed, 2])
+    some = np.sort(rng.choice(rows, min(len(rows), _CELLS), replace=False))
+    return vstack([token_expression(cells.rows(some[first : first + 512]), n_tokens) for first in range(0, len(some), 512)], format="csr")
 
 
 def token_expression(cells: CellBatch, n_tokens: int) -> csr_array:
@@ -52,6 +58,31 @@ def axes_of_variation(x: csr_array, n: int, *, seed: int) -> tuple[Float[np.ndar
     return axes[1:].T, values[1:]
 
 
+def principal_axes(
+    cells: RandomCells, rows: Int[np.ndarray, "cell"], n_tokens: int, n_axes: int, *, seed: int
+) -> tuple[Float[np.ndarray, "token axis"], Float[np.ndarray, "token"]]:
+    """Principal axes of log expression, genes not scaled, and its mean; as many axes as cells and genes allow, up to `n_axes`.
+
+    The axes are divided by the root mean square length of a cell along all of them.
+    """
+    from sklearn.decomposition import PCA
+
+    x = _some_expression(cells, rows, n_tokens, seed=seed)
+    found = PCA(min(n_axes, min(x.shape) - 1), svd_solver="arpack", random_state=seed).fit(x)
+    axes = found.components_.T / np.sqrt(found.explained_variance_.sum())
+    return axes.astype(np.float32), np.asarray(x.mean(axis=0), np.float32).reshape(-1)
+
+
+@torch.no_grad()
+def start_profile_at(profile: ExpressionProfile, axes: Float[np.ndarray, "token axis"], mean: Float[np.ndarray, "token"]) -> None:
+    """Let the profile say where cells lie on the axes, as loud as `<cls>` is after its normalisation."""
+    width = profile.gene.weight.shape[1]
+    directions = np.zeros((len(axes), width), np.float32)
+    directions[:, : axes.shape[1]] = axes * np.sqrt(width)
+    profile.gene.weight.copy_(torch.from_numpy(directions / SHARE))
+    profile.origin.copy_(torch.from_numpy(-(mean @ directions)))
+
+
 @torch.no_grad()
 def start_genes_at(model: ScGPT, placed: Float[np.ndarray, "token width"]) -> None:
     """Give the gene rows the directions of `placed` and the length that random ones have; rows of zeros stay random."""
@@ -64,7 +95,9 @@ def start_genes_at(model: ScGPT, placed: Float[np.ndarray, "token width"]) -> No
 
 @torch.no_grad()
 def settle_untrained(model: ScGPT, trained: Bool[np.ndarray, "token"]) -> None:
-    """Give genes that were never met the mean of the others: a gene about which nothing is known, and not a random one."""
+    """Give genes that were never met the mean of the others: a gene about which nothing is known, and not a random one; no direction."""
     mask = torch.tensor(trained)
     weight: Tensor = model.encoder.gene.weight
     weight[~mask] = weight[mask].mean(0)
+    if model.encoder.profile is not None:
+        model.encoder.profile.gene.weight[~mask] = 0

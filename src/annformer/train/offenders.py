@@ -8,7 +8,7 @@ from torch import Tensor
 
 from annformer.inference import evaluating
 from annformer.scgpt import ScGPT
-from annformer.tokens import TokenBatch
+from annformer.tokens import TokenBatch, places_of
 
 
 @torch.no_grad()
@@ -28,9 +28,7 @@ def cells_without_finite_loss(model: ScGPT, tokens: TokenBatch, n_looks: int) ->
 def take_cells(tokens: TokenBatch, cells: Int[Tensor, "some"]) -> TokenBatch:
     """Cut some cells out of a packed batch."""
     cells = cells.to(tokens.offsets.device)
-    lengths = tokens.offsets.diff()[cells]
-    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    places = torch.arange(int(offsets[-1]), device=offsets.device) - torch.repeat_interleave(offsets[:-1] - tokens.offsets[cells], lengths)
+    offsets, places = places_of(tokens.offsets, cells)
     per_token = {
         name: value[places]
         for name in ("gene_ids", "values", "flags", "dose", "targets", "modality")
@@ -42,4 +40,6 @@ def take_cells(tokens: TokenBatch, cells: Int[Tensor, "some"]) -> TokenBatch:
         n_visible=tokens.n_visible[cells],
         labels={name: label[cells] for name, label in tokens.labels.items()},
         cell=None if tokens.cell is None else tokens.cell[cells],
+        expression=None if tokens.expression is None else tokens.expression[cells],
+        profile=None if tokens.profile is None else tokens.profile.take(cells),
     )

@@ -31,7 +31,7 @@ from annformer.train.config import Machine, PretrainConfig
 from annformer.train.datamodule import CellDataModule
 from annformer.train.fit import fit, require_machine
 from annformer.train.folder import RunFolder
-from annformer.train.gene_init import co_expression, settle_untrained, start_genes_at
+from annformer.train.gene_init import co_expression, principal_axes, settle_untrained, start_genes_at, start_profile_at
 from annformer.train.log import require_loggers
 from annformer.train.plan import TrainingPlan
 from annformer.train.ranks import is_first_on_node, is_first_rank, of_all_ranks, on_first_rank
@@ -149,13 +149,13 @@ def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -
 
     Cells that without those genes have too few are left out, and the genes are counted again.
     """
-    data = CellDataModule(source, vocab, config.tokenizer, config.train)
+    data = _data(source, vocab, config)
     while True:
         rare = _rare_genes(data, config.min_cells)
         if rare <= data.vocab.untrained:
             break
         rows = data.training_rows
-        data = CellDataModule(source, GeneVocab(vocab.tokens, rare | vocab.untrained), config.tokenizer, config.train)
+        data = _data(source, GeneVocab(vocab.tokens, rare | vocab.untrained), config)
         if np.array_equal(data.training_rows, rows):
             break
     if n_new := len(data.vocab.untrained - vocab.untrained):
@@ -165,6 +165,10 @@ def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -
             config.min_cells,
         )
     return data
+
+
+def _data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
+    return CellDataModule(source, vocab, config.tokenizer, config.train, profile=config.network(vocab).profile)
 
 
 def _rare_genes(data: CellDataModule, min_cells: int) -> frozenset[str]:
@@ -200,10 +204,14 @@ def start(model: ScGPT, data: CellDataModule, config: PretrainConfig) -> None:
             last = objective.value[-1]
             assert isinstance(last, torch.nn.Linear), "a head ends with a linear layer"
             torch.nn.init.constant_(last.bias, mean)
+    width = model.config.model.width
     if config.train.gene_init == "svd":
         log.info("placing genes by a singular value decomposition of the training cells")
-        width = model.config.model.width
         start_genes_at(model, co_expression(data.cells, data.training_rows, len(data.vocab), width, seed=config.train.seed))
+    if model.encoder.profile is not None:
+        log.info("beginning the profile at the principal axes of the training cells")
+        axes, centre = principal_axes(data.cells, data.training_rows, len(data.vocab), width, seed=config.train.seed)
+        start_profile_at(model.encoder.profile, axes, centre)
 
 
 def finished_model(folder: Path, vocab: GeneVocab, config: PretrainConfig) -> ScGPT:
