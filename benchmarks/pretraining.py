@@ -33,7 +33,6 @@ TITLES = {
     "clusters": "Cell types without labels: AvgBIO",
     "clusters_by_nmi": "Cell types without labels: AvgBIO at the resolution that the labels choose",
     "clusters_parts": "Cell types without labels: mean over the sets of the parts of AvgBIO",
-    "fewshot_choice": "Fine-tuning settings on the set that they are chosen on: macro-F1",
     "fewshot": "Cell types from a few labelled cells: macro-F1",
     "fewshot_difference": "Cell types from a few labelled cells: the model less the others, macro-F1",
     "genes": "Gene families: median rank of the other members among all genes",
@@ -58,11 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fewshot": lambda: pretraining_fewshot.tables(
             model,
             find_sets(options.data, options.fewshot_sets),
-            find_sets(options.data, [options.choice_set])[options.choice_set],
             sizes=options.sizes,
             n_seeds=options.seeds,
-            n_choice_seeds=options.choice_seeds,
-            n_random=options.random,
             seed=options.seed,
             runs=None if options.out is None else options.out / "fewshot_runs.csv",
         ),
@@ -105,9 +101,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=2_000, help="random gene sets")
     parser.add_argument("--fewshot_sets", nargs="+", default=pretraining_fewshot.SETS)
     parser.add_argument("--sizes", type=int, nargs="+", default=(50, 200, 1_000), help="labelled cells")
-    parser.add_argument("--choice_set", default=pretraining_fewshot.CHOICE_SET, help="set that few-shot settings are chosen on")
     parser.add_argument("--seeds", type=int, default=3, help="draws of labelled cells")
-    parser.add_argument("--choice_seeds", type=int, default=1, help="draws of labelled cells that few-shot settings are chosen on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

@@ -212,9 +212,9 @@ def held_out(tiny_adata, tiny_model, tmp_path) -> Path:
 def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch, capsys) -> None:
     pretraining, clusters = script("pretraining"), script("pretraining_clusters")
     monkeypatch.setattr(clusters, "RESOLUTIONS", (clusters.FIXED,))
-    methods = script("pretraining_fewshot_methods")
-    monkeypatch.setattr(methods, "STRENGTHS", ("C 1", "C 1, scaled"))
-    monkeypatch.setattr(methods, "TUNING", ("rate 0.001, 2 steps", "rate 0.003, 3 steps"))
+    few = script("pretraining_fewshot")
+    monkeypatch.setattr(few, "CELLS_SEEN", 10)
+    monkeypatch.setattr(few, "LEAST_EPOCHS", 1)
     monkeypatch.setattr(clustering, "find_spec", lambda _: None)  # k-means: the first Leiden takes seconds
     places = [
         "--model",
@@ -232,8 +232,6 @@ def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch,
         "second",
         "--fewshot_sets",
         "first",
-        "--choice_set",
-        "second",
         "--cells",
         "10",
         "--random",
@@ -242,7 +240,7 @@ def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch,
         "3",
         "5",
     ]
-    pretraining.main([*places, *sets, "--draws", "50", "--sizes", "12", "--seeds", "1"])
+    pretraining.main([*places, *sets, "--draws", "50", "--sizes", "20", "--seeds", "1"])
     printed = capsys.readouterr().out
     assert printed.count("| mean of sets") == 5
     assert "| CD79 " in printed
@@ -252,108 +250,45 @@ def test_pretraining_prints_and_writes_its_tables(script, held_out, monkeypatch,
     assert (expression["ties"] < expression["gene mean"]).all()
     found = pd.read_csv(held_out / "out" / "clusters.csv").set_index("set")
     assert {"model", "random network", "PCA 50, all genes"} <= set(found.columns)
-    assert set(pd.read_csv(held_out / "out" / "fewshot_all.csv")["method"]) == {
-        *("pretrained", "from scratch", "logistic regression", "logistic regression, HVG"),
-        *("pretrained, frozen", "random, frozen"),
-    }
-    chosen = pd.read_csv(held_out / "out" / "fewshot_settings.csv").query("chosen").set_index("method")["setting"]
-    used = pd.read_csv(held_out / "out" / "fewshot_all.csv").set_index("run")["setting"]
-    assert used.to_dict() == chosen.to_dict()
+    assert {few.TUNED, few.SCRATCH, few.FROZEN, few.LOGISTIC} <= set(pd.read_csv(held_out / "out" / "fewshot_all.csv")["method"])
 
 
-@pytest.fixture
-def labelled_set(script, held_out):
-    """Few-shot learning on one of the sets; the file of runs is `runs.csv`."""
-    few = script("pretraining_fewshot")
-    model = annformer.ScGPT.from_pretrained(held_out / "model")
-
-    def make(runs: bool = False) -> object:
-        kept = few.Runs(held_out / "runs.csv" if runs else None, "as now")
-        return few.LabelledSet("first", held_out / "first.h5ad", model, kept, n_random=1, seed=0)
-
-    return make
-
-
-def test_labelled_cells_are_never_test_cells(labelled_set) -> None:
-    task = labelled_set().task
-    assert not set(task.pool) & set(task.test)
+def test_labelled_cells_are_never_called(script, held_out) -> None:
+    cells = script("pretraining_fewshot").Cells(held_out / "first.h5ad", seed=0)
+    assert "cell_type" not in cells.asked.obs
     for seed in range(3):
-        labelled = task.labelled(20, seed)
-        assert len(set(labelled)) == 20
-        assert set(labelled) <= set(task.pool)
-        assert len(set(task.labels[labelled])) == len(task.types)
-        assert set(task.labelled(10, seed)) <= set(labelled)
+        labelled = cells.labelled(20, seed)
+        assert labelled.n_obs == 20
+        assert not set(labelled.obs_names) & set(cells.asked.obs_names)
+        assert set(labelled.obs["cell_type"]) == set(cells.adata.obs["cell_type"])
 
 
-def test_settings_are_chosen_by_their_score(script, labelled_set, monkeypatch) -> None:
-    few, cells = script("pretraining_fewshot"), labelled_set()
-    good = {
-        "pretrained": cells.methods.settings["pretrained"][2],
-        "from scratch": cells.methods.settings["from scratch"][1],
-        "logistic regression": "C 10, scaled",
-    }
+def test_few_shot_goes_on_where_it_stopped(script, tmp_path) -> None:
+    few = script("pretraining_fewshot")
+    runs, calls = few.Runs(tmp_path / "runs.csv"), []
 
-    def predict(method, setting, rows, seed):
-        return cells.truth if good.get(method) == setting else np.zeros_like(cells.truth)
+    def call(types: list[str]):
+        return lambda: calls.append(types) or np.array(types)
 
-    monkeypatch.setattr(cells.methods, "predict", predict)
-    table = few.choose(cells, [10, 20], n_seeds=1)
-    assert len(table) == 2 * sum(map(len, cells.methods.settings.values()))
-    chosen = table[table["chosen"]].set_index(["labelled", "method"])["setting"]
-    assert len(chosen) == 2 * len(cells.methods.settings)
-    assert all(chosen[n, method] == setting for n in (10, 20) for method, setting in good.items())
+    assert list(runs.get(("as now", "first", 20), 2, call(["a", "b c"]))) == ["a", "b c"]
+    assert list(runs.get(("as now", "second", 20), 2, call(["b", "b"]))) == ["b", "b"]
+    text = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(text[:-4])  # killed while it wrote the second run
+    again = few.Runs(tmp_path / "runs.csv")
+    assert list(again.get(("as now", "first", 20), 2, call(["x", "x"]))) == ["a", "b c"]
+    assert list(again.get(("as now", "second", 20), 2, call(["c", "c"]))) == ["c", "c"]
+    assert calls == [["a", "b c"], ["b", "b"], ["c", "c"]]
 
 
-def test_few_shot_goes_on_where_it_stopped(labelled_set, held_out, monkeypatch) -> None:
-    cells = labelled_set(runs=True)
-    first = cells.said(20, "logistic regression", "C 1", 0)
-    second = cells.said(20, "logistic regression", "C 1", 1)
-    text = (held_out / "runs.csv").read_text()
-    (held_out / "runs.csv").write_text(text[:-4])  # killed while it wrote the second run
-    again = labelled_set(runs=True)
-    calls = []
-    monkeypatch.setattr(again.methods, "predict", lambda *key: calls.append(key) or second)
-    assert np.array_equal(again.said(20, "logistic regression", "C 1", 0), first)
-    assert not calls
-    assert np.array_equal(again.said(20, "logistic regression", "C 1", 1), second)
-    assert len(calls) == 1
-
-
-def test_rotated_inputs_give_the_same_regression(script) -> None:
-    methods = script("pretraining_fewshot_methods")
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], 8)
-    known = rng.normal(size=(24, 90)) + np.eye(3, 90)[labels] * 3
-    asked = rng.normal(size=(7, 90))
-    known -= known.mean(axis=0)
-    ours, others = methods.rotated(known, asked)
-    assert ours.shape[1] < 24
-    exact = {"C": 0.3, "tol": 1e-9, "max_iter": 5_000}
-    expected = methods.LogisticRegression(**exact).fit(known, labels).predict_proba(asked)
-    assert methods.LogisticRegression(**exact).fit(ours, labels).predict_proba(others) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_network_cut_to_the_genes_of_a_set_says_the_same(script, labelled_set) -> None:
-    methods, cells = script("pretraining_fewshot_methods"), labelled_set()
-    task, model = cells.task, methods.with_classifier(cells.methods.model, 3, seed=0).eval()
-    tokens = methods.tokens_of(task, model, task.test[:5], model.tokenizer)
-    with torch.inference_mode():
-        expected = model.encode(tokens, "cell").cell
-        model.encoder.gene = torch.nn.Embedding.from_pretrained(model.encoder.gene.weight[task.tokens])
-        assert torch.equal(model.encode(methods.of_task(tokens, task), "cell").cell, expected)
-
-
-def test_pretraining_finds_what_a_training_learned(labelled_set) -> None:
-    """Fine-tuning on many labelled cells gets above chance, and not on shuffled labels; logistic regression alike."""
-    cells = labelled_set()
-    settings = {"pretrained": "rate 0.001, 80 steps", "logistic regression": "C 1", "logistic regression, HVG": "C 1, scaled"}
-    true = {name: cells.score(cells.methods.predict(name, setting, cells.task.pool, 0)) for name, setting in settings.items()}
-    shuffled = np.random.default_rng(0).permutation(cells.task.labels)
-    cells.methods.task = cells.task._replace(labels=shuffled)
-    cells.truth = shuffled[cells.task.test]
-    chance = {name: cells.score(cells.methods.predict(name, setting, cells.task.pool, 0)) for name, setting in settings.items()}
-    assert min(true.values()) > 0.7
-    assert max(chance.values()) < 0.6
+def test_few_shot_floors_find_planted_types_and_not_shuffled_ones(script, held_out) -> None:
+    few = script("pretraining_fewshot")
+    cells = few.Cells(held_out / "first.h5ad", seed=0)
+    call = few.callers(annformer.ScGPT.from_pretrained(held_out / "model"), seed=0)
+    labelled = cells.labelled(len(cells.pool), 0)
+    for name in (few.LOGISTIC, few.FROZEN):
+        assert (call[name](labelled, cells.asked, 0) == cells.truth).mean() > 0.7
+    labelled.obs["cell_type"] = np.random.default_rng(0).permutation(labelled.obs["cell_type"].astype(str))
+    assert (call[few.LOGISTIC](labelled, cells.asked, 0) == cells.truth).mean() < 0.65
 
 
 def test_tie_noise_is_the_variance_among_equal_counts(script, tiny_model) -> None:
