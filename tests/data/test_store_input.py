@@ -23,6 +23,10 @@ class TestBadInput:
         assert not list(tmp_path.glob("store*"))
         manifest = write_store([files[0], tmp_path / "log.h5ad"], tmp_path / "store", allow_normalised=True)
         assert [source.kind for source in manifest.sources] == ["counts", "log-normalised"]
+        store = StoreSource(tmp_path / "store")
+        sums = np.asarray(store.rows(np.arange(store.n_obs)).counts.sum(axis=1)).reshape(-1)
+        of = store.codes("source")
+        assert np.allclose(np.sort(sums[of == 0]), np.sort(sums[of == 1]), rtol=1e-4)  # logarithms are undone
 
     @pytest.mark.filterwarnings("ignore::annformer.errors.AnnformerWarning")
     def test_fractions_far_into_a_file_are_met(self, files, tmp_path, monkeypatch):

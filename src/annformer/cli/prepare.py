@@ -53,7 +53,7 @@ def command(
     vocab
         A vocab.json with the genes to keep; by default every approved gene that some data set has.
     allow_normalised
-        Also take data that are not counts.
+        Also take data that are not counts; logarithms are undone.
     seed
         Of the order of the cells.
     memory_gb

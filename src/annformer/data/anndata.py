@@ -146,7 +146,8 @@ class AnnDataSource:
     def log_base(self) -> float | None:
         """Base to which the values are logarithms of 1 + x; None: they are none.
 
-        Of the usual ones, that by which the sums of the first cells differ least from each other: they were equal before the logarithm.
+        Of the usual ones, that which leads back to whole numbers; else that by which the sums of the first cells differ least from each
+        other: they were equal before the logarithm.
         """
         if self.counts.kind != "log-normalised":
             return None
@@ -155,7 +156,10 @@ class AnnDataSource:
         cell = np.repeat(np.arange(len(cells.indptr) - 1), np.diff(cells.indptr))
 
         def spread(base: float) -> float:
-            sums = np.bincount(cell, np.expm1(cells.data.astype(np.float64) * np.log(base)))
+            back = np.expm1(cells.data.astype(np.float64) * np.log(base))
+            if (np.abs(back - np.rint(back)) <= 1e-4 * np.maximum(back, 1)).all():
+                return 0.0
+            sums = np.bincount(cell, back)
             return float(np.std(sums)) / max(float(np.mean(sums)), 1e-12)
 
         return min((np.e, 2.0), key=spread)

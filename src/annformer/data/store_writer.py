@@ -78,7 +78,7 @@ def write_store(
     columns
         Label columns to keep; where obs has no such column, `study` is the file's name and others are `unknown`.
     allow_normalised
-        Also take data that are not counts.
+        Also take data that are not counts; logarithms are undone.
     seed
         Of the order of the cells.
     memory_gb
@@ -185,6 +185,7 @@ class _Reader:
         self.source.close()
 
     def _facts(self, batch: CellBatch, lengths: Int[np.ndarray, "cell"]) -> Cells:
+        batch = batch.in_counts()  # a store does not say of each cell what its values are
         facts = np.empty(len(lengths), dtype=facts_type(len(self.codes)))
         everywhere = np.zeros(len(self.plan.vocab), dtype=np.int8)
         facts["key"] = shuffled(cell_keys(batch, everywhere)[0][:, 0], self.plan.seed)
