@@ -15,7 +15,6 @@ import annformer as af
 from annformer.data.anndata import AnnDataSource
 from annformer.data.store import StoreSource
 from annformer.masking import ask
-from annformer.tokenizer import tokenize
 from annformer.tokens import CellBatch, TokenBatch
 
 NO_LABEL = ("unlabelled", "unknown")
@@ -98,7 +97,7 @@ def read_cells(path: Path, n_cells: int | None, *, seed: int, labelled: bool) ->
 
 def asked_batches(model: af.ScGPT, cells: CellBatch, shares: Sequence[float], *, seed: int) -> Iterator[tuple[float, TokenBatch]]:
     """The cells' tokens with each share asked for; the same cell gets the same question always."""
-    tokens = tokenize(cells, model.tokenizer, cls_id=model.vocab.cls_id)
+    tokens = model.tokenize(cells)
     for share in shares:
         yield share, ask(tokens, [share], seed=seed)
 

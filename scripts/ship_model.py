@@ -38,6 +38,8 @@ NOT_GOOD_FOR = (
 )
 LIMITS = (
     "zero counts are not read: the network sees expressed genes only",
+    "the profile reads the directions in which the cells of the corpus vary: what tells cells of other tissues apart it reads in part",
+    "GEPC reads, by the profile, all genes of a cell that are not asked for, the ridge and GEP those that became tokens (at most 1,200)",
     "no correction of batches: cells of different studies differ in the embedding by technique as well",
     "what stands in the evaluation was measured on small public sets, blood above all; those named zheng_* are of the study that "
     "pbmc_frozenA_mudan is from, other cells, but maybe of the same donor",

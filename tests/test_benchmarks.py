@@ -205,7 +205,8 @@ def held_out(tiny_adata, tiny_model, tmp_path) -> Path:
     objectives = {"gep": {"kind": "gep"}, "gepc": {"kind": "gepc"}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        ScGPT(tiny_model.config.with_(objectives=objectives), tiny_model.vocab).save_pretrained(tmp_path / "model")
+        network = tiny_model.config.model.with_(profile=True).model_dump()
+        ScGPT(tiny_model.config.with_(objectives=objectives, model=network), tiny_model.vocab).save_pretrained(tmp_path / "model")
     return tmp_path
 
 
