@@ -28,12 +28,13 @@ LICENCE = (
 )
 GOOD_FOR = (
     "trying annformer on a laptop, without a download: embeddings, gene embeddings, a start for fine-tuning",
+    "cell types from few labelled cells: a linear head on its embedding is ahead of logistic regression on the genes, see the evaluation",
     "human cells like those of the corpus, most of which are blood and lung tumours; how well it does on others stands in the evaluation",
 )
 NOT_GOOD_FOR = (
     "atlases: the corpus has 17,000 cells of few tissues; the published models were pretrained on millions",
     "conclusions from its embedding alone where PCA of the same cells says otherwise: see the evaluation",
-    "cell types from labelled cells where logistic regression on the variable genes of the same cells does as well: see the evaluation",
+    "telling apart cells of tissues that the corpus hardly has (cell lines, islets, cortex): PCA of the same cells does that better",
     "species other than human, and genes that are marked untrained (`untrained_genes` in config.json), which it does not read",
 )
 LIMITS = (

@@ -116,7 +116,7 @@ def test_annotation_has_its_own_files(typed, tmp_path, capsys):
     assert main(words.split()) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "On these cells annformer beats the best baseline, kNN PCA, in macro-F1" in out
-    assert "out/report.html (also out/scores.csv, out/verdicts.csv, out/per_type.csv, out/predictions.csv)" in out
+    assert "out/report.html (also out/scores.csv, out/verdicts.csv, out/per_type.csv, out/predictions.csv" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(module.FILES_OF["annotate"])
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     assert set(scores["split"]) == {"whole batches", "random cells"}
