@@ -67,8 +67,8 @@ def test_the_cell_embedding_is_cls_and_a_linear_reading_of_all_genes(profiled, t
     assert torch.equal(few.profile.levels, tokens.profile.levels)
 
 
-def test_it_begins_at_nothing(cells, tiny_vocab):
-    profile = tokenize(cells, ScGPT.from_pretrained("annformer-base").tokenizer, cls_id=tiny_vocab.cls_id, profile=True).profile
+def test_it_begins_at_nothing(cells, tiny_model, tiny_vocab):
+    profile = tokenize(cells, tiny_model.tokenizer, cls_id=tiny_vocab.cls_id, profile=True).profile
     assert torch.equal(ExpressionProfile(len(tiny_vocab), 8)(profile), torch.zeros(60, 8))
 
 
@@ -168,7 +168,10 @@ def test_models_without_it_are_what_they_were(tiny_model, tmp_path):
     before = tiny_model.fingerprint
     tiny_model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('    "profile": false,\n', ""), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    older = text.replace('    "profile": false,\n', "")
+    assert older != text
+    path.write_text(older, encoding="utf-8")
     assert ScGPT.from_pretrained(tmp_path / "model").fingerprint == before
 
 

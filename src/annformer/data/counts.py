@@ -20,7 +20,7 @@ Kind = Literal["counts", "log-normalised", "normalised", "scaled"]
 SEARCHED = ("layers['counts']", "layers['raw_counts']", "X", ".raw.X")
 LOG_MAX = 30.0
 """Larger values cannot be logarithms of expression: 2**30 molecules do not fit in a cell."""
-RANKED = "as good as counts for value bins, which only need the order of the values within a cell"
+RANKED = "as good as counts for value bins, which only need the order of the values within a cell; a profile also reads their size"
 ADDED = "columns of one gene are added before the logarithm (taken as log1p)"
 ONLY_ZEROS = "only zeros in the cells looked at"
 
