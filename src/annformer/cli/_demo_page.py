@@ -174,7 +174,8 @@ def _caveats(run: Run) -> list[str]:
         "as good, one data set on its own needs nothing else.",
         *([corpus] if run.model.name == DEFAULT_MODEL else []),
         "The matrix holds log-normalised values of 765 variable genes, chosen on these cells. So PCA of all genes is PCA of variable "
-        "genes here, and the network lacks most of what it reads elsewhere. Bins are ranks within a cell: those that counts would give.",
+        "genes here, and the network lacks most of what it reads elsewhere. Bins are ranks within a cell: those that counts would give;"
+        " for the profile the logarithms are undone.",
         "The labels were given by correlation with sorted reference populations: they are not the truth, some types overlap, and the "
         "rarest has 8 cells, so that macro-F1 moves with a handful of cells.",
         "The splits share cells: their standard deviation is not a confidence interval. One data set is no benchmark.",
