@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from scipy.special import softmax
 
 from annformer.tasks._novelty import fit_novelty
@@ -85,18 +86,33 @@ def test_perfect_parts_do_not_make_it_certain_of_everything():
     assert stack.weights[0] <= 3
 
 
+def told_apart(centres: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> sp.csr_matrix:
+    """Cells around the centres of their types."""
+    return sp.csr_matrix((centres[codes] + rng.normal(size=(len(codes), centres.shape[1]))).astype(np.float32))
+
+
 def test_novelty_is_a_percentile_of_known_cells_and_high_for_others():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, 40)) * 4
-    codes = rng.integers(3, size=600)
-    import scipy.sparse as sp
-
-    def cells(where):
-        return sp.csr_matrix((where + rng.normal(size=where.shape)).astype(np.float32))
-
-    known = cells(centres[codes])
-    found = fit_novelty(known, codes, 3, np.arange(600) % 5, np.arange(600), rng.random(600) - 1)
-    new_known = found.of(found.space.distance(cells(centres[rng.integers(3, size=600)])), rng.random(600) - 1)
+    codes, rows = rng.integers(3, size=2000), np.arange(2000)
+    found = fit_novelty([told_apart(centres, codes, rng)], codes, 3, rows % 5, rows, rng.random(2000) - 1)
+    of_known = told_apart(centres, rng.integers(3, size=2000), rng)
+    new_known = found.of([found.spaces[0].distance(of_known)], rng.random(2000) - 1)
     assert abs((new_known > 0.9).mean() - 0.1) < 0.04
-    new = found.of(found.space.distance(cells(rng.normal(size=(50, 40)) * 4)), rng.random(50) - 1)
+    elsewhere = sp.csr_matrix((rng.normal(size=(50, 40)) * 4 + rng.normal(size=(50, 40))).astype(np.float32))
+    new = found.of([found.spaces[0].distance(elsewhere)], rng.random(50) - 1)
     assert np.median(new) > 0.85
+
+
+def test_a_type_that_only_the_network_tells_apart_is_novel():
+    rng = np.random.default_rng(0)
+    centres, states = rng.normal(size=(3, 40)) * 4, rng.normal(size=(4, 16)) * 6
+    codes, folds, rows = rng.integers(3, size=600), np.arange(600) % 5, np.arange(600)
+    expression, network = told_apart(centres, codes, rng), told_apart(states, codes, rng).toarray()
+    without, both = (fit_novelty(views, codes, 3, folds, rows, rng.random(600)) for views in ([expression], [expression, network]))
+    looks_like = rng.integers(3, size=50)
+    there = told_apart(centres, looks_like, rng), told_apart(states, np.full(50, 3), rng).toarray()
+    doubt = rng.random(50)
+    distances = [space.distance(cells) for space, cells in zip(both.spaces, there, strict=True)]
+    assert abs(np.median(without.of(distances[:1], doubt)) - 0.5) < 0.2
+    assert np.median(both.of(distances, doubt)) > 0.8

@@ -26,7 +26,7 @@ from annformer.tasks._annotation_cells import (
     select,
 )
 from annformer.tasks._linear_part import Linear, fit_linear
-from annformer.tasks._novelty import Novelty, Space, fit_novelty
+from annformer.tasks._novelty import Features, Novelty, Space, fit_novelty
 from annformer.tasks._stack import Abroad, Stack, fit_stack
 from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
@@ -60,6 +60,15 @@ class NetworkPart(NamedTuple):
     """Likewise, of all cells, by a head that learned from the other strata; None where there are none, or the network is tuned."""
     head: Linear | None
     """From the frozen embedding to logits; None where the network has a head of its own."""
+    states: Float[np.ndarray, "cell width"]
+    """What the head reads of all cells of the reference."""
+
+
+class Said(NamedTuple):
+    """What the network says of some cells."""
+
+    logits: Float[np.ndarray, "cell type"]
+    states: Float[np.ndarray, "cell width"]
 
 
 @dataclass(frozen=True)
@@ -117,14 +126,15 @@ class Classifier:
         logs, n = stack.log_probabilities(parts), len(linears)
         groups = {"expression": parts[:n], NETWORK: parts[n:]}
         alone = {name: fit_stack(group, truth, sizes) for name, group in groups.items() if group}
-        novelty = fit_novelty(selected.at(median), codes, n_types, reference.folds, held_back, 1 - np.exp(logs.max(axis=1)))
+        views: list[Features] = [selected.at(median), *([] if network is None else [network.states])]
+        novelty = fit_novelty(views, codes, n_types, reference.folds, held_back, 1 - np.exp(logs.max(axis=1)))
         scores = _scores(truth, stack.called(logs), int(sizes.argmax()))
         head = None if network is None else network.head
         scaled = (*(depth * median for depth in depths), median)
         return cls(genes, cells.gene_ids, scaled, tuple(linears), head, stack, novelty, alone, scores)
 
     def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
-        """Logits of the linear parts, and distance to the nearest type, of all cells of a source; NaN where no gene is expressed."""
+        """Logits of the linear parts, and distance in expression to the nearest type, of all cells; NaN where no gene is expressed."""
         say_if_logarithms(source)
         blocks = [self._read(cells.in_counts()) for cells in source.batches(CELLS_AT_ONCE, vocab=vocab)]
         return [np.concatenate(part) for part in zip(*(logits for logits, _ in blocks), strict=True)], np.concatenate(
@@ -138,21 +148,22 @@ class Classifier:
             linear.logits(selected.at(depth)) + linear.mean[missing] @ linear.weight[missing]
             for depth, linear in zip(self.depths, self.linears, strict=False)
         ]
-        far = self.novelty.space.distance(selected.at(self.depths[-1]), missing)
+        far = self.novelty.spaces[0].distance(selected.at(self.depths[-1]), missing)
         far[np.diff(cells.counts.indptr) == 0] = np.nan
         return logits, far
 
     def answer(
         self,
         linear: Sequence[Float[np.ndarray, "cell type"]],
-        network: Float[np.ndarray, "cell type"] | None,
+        network: Said | None,
         far: Float[np.ndarray, "cell"],
     ) -> Answer:
         """Weigh what the parts say; a cell without any expressed gene is as novel as can be."""
-        parts = [*linear, *([] if network is None else [np.nan_to_num(network)])]
+        parts = [*linear, *([] if network is None else [np.nan_to_num(network.logits)])]
         logs = self.stack.log_probabilities(parts)
         empty = ~np.isfinite(far)
-        novelty = self.novelty.of(np.nan_to_num(far), 1 - np.exp(logs.max(axis=1)))
+        distances = [np.nan_to_num(far), *([] if network is None else [self.novelty.spaces[1].distance(network.states)])]
+        novelty = self.novelty.of(distances, 1 - np.exp(logs.max(axis=1)))
         novelty[empty] = 1.0
         given = {"expression": list(linear), NETWORK: parts[len(linear) :]}
         alone = {name: one.called(one.log_probabilities(given[name])) for name, one in self.alone.items()}
@@ -170,7 +181,8 @@ class Classifier:
         if self.head is not None:
             named["head"] = self.head
         named |= {f"alone.{name}": one for name, one in self.alone.items()}  # type: ignore[misc]
-        named |= {"stack": self.stack, "space": self.novelty.space, "novelty": self.novelty}  # type: ignore[dict-item]
+        named |= {f"space.{number}": space for number, space in enumerate(self.novelty.spaces)}  # type: ignore[misc]
+        named |= {"stack": self.stack, "novelty": self.novelty}  # type: ignore[dict-item]
         for prefix, values in named.items():
             for name, array in values._asdict().items():
                 if isinstance(array, np.ndarray):
@@ -190,7 +202,9 @@ class Classifier:
             n = sum(name.startswith("linear.") and name.endswith(".weight") for name in arrays)
             linears = tuple(Linear(**_of(arrays, f"linear.{number}.")) for number in range(n))
             head = Linear(**_of(arrays, "head.")) if "head.weight" in arrays else None
-            novelty = Novelty(space=Space(**_of(arrays, "space.")), **_of(arrays, "novelty."))
+            n_spaces = sum(name.startswith("space.") and name.endswith(".mean") for name in arrays)
+            spaces = tuple(Space(**_of(arrays, f"space.{number}.")) for number in range(n_spaces))
+            novelty = Novelty(spaces=spaces, **_of(arrays, "novelty."))
             stack = Stack(**_of(arrays, "stack."))
             parts = [name for name in ("expression", NETWORK) if f"alone.{name}.weights" in arrays]
             alone = {name: Stack(**_of(arrays, f"alone.{name}.")) for name in parts}

@@ -21,7 +21,7 @@ from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._annotation_cells import TYPE, Reference, learnable
 from annformer.tasks._annotation_recipe import AnnotationRecipe
 from annformer.tasks._cells import chosen_genes, digest, expression_over
-from annformer.tasks._classifier import NetworkPart
+from annformer.tasks._classifier import NetworkPart, Said
 from annformer.tasks._encoding import device_named, embeddings
 from annformer.tasks._finetune import grown, trained
 from annformer.tasks._given import Cells, Chosen, given_embedding
@@ -59,8 +59,9 @@ def embedded(cells: Cells, rows: Int[np.ndarray, "cell"] | None = None) -> Float
 
 def frozen_part(reference: Reference, states: Float[np.ndarray, "cell width"], strengths: Sequence[float], balance: float) -> NetworkPart:
     """Fit a linear map from the embedding of the network as it is."""
+    states = np.nan_to_num(states)
     fitted = fit_linear(
-        np.nan_to_num(states),
+        states,
         reference.codes,
         len(reference.types),
         reference.folds,
@@ -68,7 +69,7 @@ def frozen_part(reference: Reference, states: Float[np.ndarray, "cell width"], s
         balance=balance,
         strata=reference.strata,
     )
-    return NetworkPart(fitted.out_of_fold, np.arange(len(states)), fitted.out_of_stratum, fitted.linear)
+    return NetworkPart(fitted.out_of_fold, np.arange(len(states)), fitted.out_of_stratum, fitted.linear, states)
 
 
 def begun(base: ScGPT, reference: Reference, recipe: AnnotationRecipe, *, pretrained: bool, seed: int) -> ScGPT:
@@ -145,8 +146,8 @@ def tuned_part(
     if recipe.tuning == "low-rank":
         merge_low_rank(model.encoder)
     model.eval()
-    logits = head_logits(model, states_of(model, Chosen(source, reference.rows[held_back])))
-    return NetworkPart(logits, held_back, None, None), history
+    states = states_of(model, Chosen(source, reference.rows))
+    return NetworkPart(head_logits(model, states[held_back]), held_back, None, None, states), history
 
 
 def _job(job: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
@@ -167,8 +168,10 @@ def head_logits(model: ScGPT, states: Float[np.ndarray, "cell width"]) -> Float[
         return head.of_cells(torch.from_numpy(states).to(weight)).double().cpu().numpy()
 
 
-def network_says(cells: Cells, head: Linear | None) -> Float[np.ndarray, "cell type"]:
-    """Logits of the network's part: by its own head, or by one on its embedding."""
+def network_says(cells: Cells, head: Linear | None) -> Said:
+    """Logits of the network's part, by its own head or by one on its embedding, and the states that the head reads."""
     if head is None:
-        return head_logits(cells.model, states_of(cells.model, cells.source))
-    return head.logits(np.nan_to_num(embedded(cells)))
+        states = states_of(cells.model, cells.source)
+        return Said(head_logits(cells.model, states), states)
+    states = np.nan_to_num(embedded(cells))
+    return Said(head.logits(states), states)
