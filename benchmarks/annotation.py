@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -42,7 +43,8 @@ SHOWN = ("macro_f1", "accuracy", "ece", "coverage", "seconds", "memory_mb")
 
 
 def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | None, model: str, threads: int | None, novelty: bool) -> None:
-    """Compare on one set, and leave the tables and the page in `out`."""
+    """Compare on one set, and leave the tables and the page in `out`; goes on where an earlier start stopped."""
+    unfinished = out / f".{name}.comparing"
     adata = read(data, name)
     found = compare_annotation(
         adata,
@@ -54,9 +56,11 @@ def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | No
         name=name,
         command=f"python benchmarks/annotation.py --sets {name} --seeds {seeds}",
         threads=threads,
+        folder=unfinished,
         novelty=novelty,
     )
     write(found, adata, out / name)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def show(out: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 
 import anndata as ad
@@ -41,7 +42,8 @@ def read(data: Path, name: str) -> ad.AnnData:
 
 
 def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | None, model: str, threads: int | None) -> None:
-    """Compare on one set, and leave the tables and the page in `out`."""
+    """Compare on one set, and leave the tables and the page in `out`; goes on where an earlier start stopped."""
+    unfinished = out / f".{name}.comparing"
     adata = read(data, name)
     words = f"python benchmarks/integration.py --sets {name} --seeds {seeds}"
     found = compare_integration(
@@ -54,8 +56,10 @@ def run(data: Path, name: str, out: Path, *, seeds: int, methods: list[str] | No
         name=name,
         command=words,
         threads=threads,
+        folder=unfinished,
     )
     write(found, adata, out / name)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def show(out: Path, name: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.comparison import annotate, calls
+from annformer.comparison import annotate, methods
 from annformer.comparison.annotation_methods import EXPRESSION, OURS
 from annformer.comparison.calls import TYPE, Called, Caller
 from annformer.evaluate import calibration
@@ -65,7 +65,7 @@ def quick(patch: pytest.MonkeyPatch, *, embed: bool = False) -> None:
         return 1.0
 
     patch.setattr(annotate, "umap", lambda representation, **_: np.asarray(representation)[:, :2])
-    patch.setattr(calls, "MemoryWatch", NoWatch)
+    patch.setattr(methods, "MemoryWatch", NoWatch)
     patch.setattr(calibration, "calibrated_error", partial(calibration.calibrated_error, n_simulations=20))
     if not embed:
         patch.setattr(annotate, "_embed_once", some_embedding)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -72,13 +74,26 @@ def test_words_reach_the_work(cells, monkeypatch):
     assert asked.pop("command").endswith("--methods zero-shot pca-hvg --layer X --device cpu --threads 2")
     wanted = {"wanted": ["zero-shot", "pca-hvg"], "layer": "X", "gene_key": None, "recipe": "mine.yaml", "device": "cpu", "threads": 2}
     keys = {"batch_key": "batch", "label_key": "cell_type", "model": "model", "seeds": range(2), "name": "cells.h5ad", "n": N_CELLS}
+    assert str(asked.pop("folder")) == ".out.comparing"
     assert asked == wanted | keys
 
 
-def test_an_error_leaves_nothing_behind(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr("annformer.comparison.page.write_page", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(WORDS.split()) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model"}
+def test_what_is_stopped_shows_no_result_and_goes_on(cells, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("annformer.comparison.page.write_page", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(WORDS.split()) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model", ".out.comparing"}
+    no_work = {name: replace(method, make=None) for name, method in integrate.methods().items()}
+    monkeypatch.setattr(integrate, "methods", lambda *_, **__: no_work)
+    assert main(WORDS.split()) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model", "out"}
+
+
+def test_what_was_stopped_is_forgotten_on_demand(cells, tmp_path):
+    (tmp_path / ".out.comparing").mkdir()
+    (tmp_path / ".out.comparing" / "rubbish.npz").touch()
+    assert main([*WORDS.split(), "--overwrite"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "model", "out"}
 
 
 def test_a_folder_in_use_is_refused_before_the_work_begins(cells, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.comparison import calls
+from annformer.comparison import methods
 from annformer.comparison.calls import BATCH, TYPE, Called, Caller, CallRun, Split, pool, run_folds, shuffled, with_parts
 from annformer.data.split import folds
 from annotation_callers import NoWatch
@@ -16,7 +16,7 @@ LABELS = np.array(["B", "T", "NK"] * 10, dtype=object)
 
 @pytest.fixture(autouse=True)
 def no_watch(monkeypatch):
-    monkeypatch.setattr(calls, "MemoryWatch", NoWatch)
+    monkeypatch.setattr(methods, "MemoryWatch", NoWatch)
 
 
 @pytest.fixture

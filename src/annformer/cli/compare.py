@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -46,7 +47,7 @@ def command(
 
     No method sees the types by which it is scored. OUT gets the page report.html, the numbers as CSV files, and with integrate the cells
     with every embedding (integrated.h5ad), with annotate what every method calls each cell (predictions.csv); it appears whole or not at
-    all.
+    all. A comparison that was stopped goes on when the same command is given again.
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ def command(
     threads
         Threads of the network; by default as many as there are cores.
     overwrite
-        Replace the folder of an earlier comparison.
+        Replace the folder of an earlier comparison, and begin anew where one was stopped.
     """
     compare = _task(task)
     require_own(task, batch_key, novelty=novelty)
@@ -98,6 +99,9 @@ def command(
     require_packages()
     adata = read_cells(file, batch_key=batch_key, label_key=label_key, layer=layer, gene_key=gene_key)
     options = {"recipe": recipe, "device": device, "threads": threads}
+    unfinished = folder.with_name(f".{folder.name}.comparing")
+    if overwrite:
+        shutil.rmtree(unfinished, ignore_errors=True)
     found = compare(
         adata,
         batch_key=batch_key,
@@ -109,10 +113,12 @@ def command(
         gene_key=gene_key,
         name=Path(file).name,
         command=spelt(task, file, given | own | more),
+        folder=unfinished,
         **own,
         **options,
     )
     write(found, adata, folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
     _show(found)
     print(f"\nLook at {folder / 'report.html'} (also {', '.join(str(folder / name) for name in FILES_OF[task][1:])})")
 

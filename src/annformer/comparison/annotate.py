@@ -30,6 +30,7 @@ from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.calls import Called, Caller, CallRun, Split, run_folds, shuffled, with_parts
 from annformer.comparison.cells import colours_of, data_card, drawn_cells
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
+from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import choose, threads_kept
 from annformer.comparison.result import Facts, Maps
 from annformer.comparison.verdicts import held_against, sentence, verdict_table
@@ -39,6 +40,7 @@ from annformer.evaluate.classification import confusion
 from annformer.evaluate.verdict import FEWEST_UNITS, draws
 from annformer.report import umap
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
+from annformer.tasks._annotation_recipe import AnnotationRecipe
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def compare_annotation(
     novelty: bool | None = None,
     name: str = "cells in memory",
     command: str = "",
+    folder: str | Path | None = None,
     **classifier: Any,
 ) -> AnnotationComparison:
     """Call the types of cells that were held out with annformer and with the simple methods, score all of them, and judge ours.
@@ -105,6 +108,8 @@ def compare_annotation(
         What the cells are called on the page.
     command
         What makes the same comparison again.
+    folder
+        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it.
     **classifier
         Further options of `CellTypeClassifier`, such as `recipe` or `threads`.
     """
@@ -116,10 +121,17 @@ def compare_annotation(
     chosen, skipped = choose({key: row for key, row in every.items() if key not in by_name}, wanted)
     chosen.sort(key=list(every.values()).index)  # the verdicts are about the first of ours in the table, however they were named
     genes = task.source.match(loaded.vocab).report().lines(loaded.name)
+    told = [task.truth] if task.batches is None else [task.truth, task.batches]
+    job = {
+        "cells": digest(task.cells, told),
+        "model": loaded.fingerprint,
+        "options": plain_options(AnnotationRecipe, "annotate", classifier),
+    }
+    kept = Kept(folder, job)
     with reading_quietly(), _only_warnings("annformer.tasks"):
         seconds = _embed_once(task.cells, loaded, classifier)
-        runs = with_parts(run_folds(chosen, task.cells, task.truth, splits))
-        known = _novel(chosen, runs, task, splits[-1], wanted=novelty)
+        runs = with_parts(run_folds(chosen, task.cells, task.truth, splits, kept))
+        known = _novel(chosen, runs, task, splits[-1], kept, wanted=novelty)
     card = "" if isinstance(model, ScGPT) else card_text(model)
     n_types = len(set(task.truth))
     facts = Facts(
@@ -152,7 +164,9 @@ def _embed_once(cells: AnnData, model: ScGPT, options: Mapping[str, Any]) -> flo
     return time.perf_counter() - began
 
 
-def _novel(chosen: Sequence[Caller], runs: Sequence[CallRun], task: Typed, split: Split, *, wanted: bool | None) -> pd.DataFrame:
+def _novel(
+    chosen: Sequence[Caller], runs: Sequence[CallRun], task: Typed, split: Split, kept: Kept, *, wanted: bool | None
+) -> pd.DataFrame:
     """Ours and the plainest floor on types that nobody taught."""
     n_types = len(set(task.truth))
     quick = 3 <= n_types <= MOST_NOVEL_TYPES and len(task.truth) <= MOST_NOVEL_CELLS
@@ -162,7 +176,7 @@ def _novel(chosen: Sequence[Caller], runs: Sequence[CallRun], task: Typed, split
     asked = [*ours, *(caller for caller in chosen if caller.name == PLAINEST)]
     each = sum(np.mean([run.seconds for run in runs if (run.name, run.split) == (caller.name, split.name)]) for caller in asked)
     log.info("leaving each of %d types out of what is learned from, once: about %s", n_types, in_words(n_types * float(each)))
-    return scoring.novelty_of(asked, task.cells, task.truth, split, split.seeds[0])
+    return scoring.novelty_of(asked, task.cells, task.truth, split, split.seeds[0], kept)
 
 
 def _judged(

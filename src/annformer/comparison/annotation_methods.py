@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from annformer.comparison.annotation_scores import COVERAGE
 from annformer.comparison.calls import BATCH, TYPE, Called, Caller
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
+from annformer.tasks._annotation_recipe import AnnotationRecipe
 
 OURS, SCRATCH, MAPPING = "annformer", "annformer from scratch", "annformer mapping"
 EXPRESSION, NETWORK = "annformer expression part alone", "annformer network part alone"
@@ -27,7 +28,6 @@ EMBEDDING = "X_annformer"
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, **classifier: Any) -> dict[str, Caller]:
     """Table of methods by name: ours, and every baseline. `classifier` holds options of `CellTypeClassifier`."""
     from annformer.baselines import ANNOTATION, available
-    from annformer.tasks._annotation_recipe import AnnotationRecipe
 
     given = classifier.get("recipe", "annotate")  # read here: what is wrong with it is said before any work
     recipe = given if isinstance(given, AnnotationRecipe) else AnnotationRecipe.named(given)

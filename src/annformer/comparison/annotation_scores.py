@@ -10,8 +10,8 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Int, Shaped
 
-from annformer.comparison.calls import Called, Caller, CallRun, Split, parted
-from annformer.comparison.methods import threads_kept
+from annformer.comparison.calls import Called, Caller, CallRun, Given, Split, parted
+from annformer.comparison.kept import NOTHING_KEPT, Kept
 from annformer.data.split import Fold
 from annformer.evaluate import calibration
 from annformer.evaluate.classification import CLASSIFICATION_DEFINITIONS, classification_scores, macro_f1_on_draws, per_type_scores
@@ -104,7 +104,14 @@ def coverage_of(runs: Sequence[CallRun], ours: str, truth: Shaped[np.ndarray, "c
     return table
 
 
-def novelty_of(callers: Sequence[Caller], cells: AnnData, labels: Shaped[np.ndarray, "cell"], split: Split, seed: int) -> pd.DataFrame:
+def novelty_of(
+    callers: Sequence[Caller],
+    cells: AnnData,
+    labels: Shaped[np.ndarray, "cell"],
+    split: Split,
+    seed: int,
+    kept: Kept = NOTHING_KEPT,
+) -> pd.DataFrame:
     """Leave one type after the other out of what is learned from, and see whether its cells stand out among those of the first fold.
 
     The score is what a method says of novelty, or, where it says nothing, 1 - confidence.
@@ -118,11 +125,10 @@ def novelty_of(callers: Sequence[Caller], cells: AnnData, labels: Shaped[np.ndar
         fold = _without(first, labels == label)
         if len(set(labels[fold.train])) < 2 or not (labels[fold.test] != label).any():
             continue
-        reference, query = parted(cells, fold, labels, split.batches)
+        given = Given(*parted(cells, fold, labels, split.batches), fold, split.batches is not None)
         is_new = labels[fold.test] == label
         for caller in callers:
-            with threads_kept():
-                said = caller.call(reference.copy(), query.copy(), seed)
+            said, _, _ = given.run(caller, seed, kept)
             strange = said.novelty if said.novelty is not None else None if said.confidence is None else 1 - said.confidence
             if strange is not None:
                 auroc = calibration.novelty_auroc(np.nan_to_num(strange, nan=1.0), is_new)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Shaped
 
-from annformer.comparison.methods import Kind, MemoryWatch, threads_kept
+from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept
+from annformer.comparison.methods import Kind, watched
 from annformer.data.split import Fold
 from annformer.durations import in_words
 from annformer.errors import AnnformerWarning
@@ -38,6 +40,22 @@ class Called:
     """Which types (columns) cannot be excluded, at a coverage of 0.9; a set may be empty."""
     parts: Mapping[str, Shaped[np.ndarray, "cell"]] = field(default_factory=dict)
     """Name of a method that is a part of this one -> the types that it calls alone."""
+
+    def arrays(self) -> Arrays:
+        """All of it, to be kept."""
+        given = {"confidence": self.confidence, "novelty": self.novelty}
+        found = {"types": self.types.astype(str)} | {name: values for name, values in given.items() if values is not None}
+        if self.sets is not None:
+            found |= {"sets": self.sets.to_numpy(), "set_types": np.array(self.sets.columns, dtype=str)}
+            found["set_cells"] = np.array(self.sets.index, dtype=str)
+        return found | {f"part {name}": types.astype(str) for name, types in self.parts.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Arrays) -> Self:
+        """Take what `arrays` gave."""
+        parts = {name.removeprefix("part "): types.astype(object) for name, types in arrays.items() if name.startswith("part ")}
+        sets = pd.DataFrame(arrays["sets"], arrays["set_cells"], arrays["set_types"]) if "sets" in arrays else None
+        return cls(arrays["types"].astype(object), arrays.get("confidence"), arrays.get("novelty"), sets, parts)
 
 
 @dataclass(frozen=True)
@@ -89,20 +107,28 @@ class CallRun:
     """Most of a fold."""
 
 
-def run_folds(callers: Sequence[Caller], cells: AnnData, labels: Shaped[np.ndarray, "cell"], splits: Sequence[Split]) -> list[CallRun]:
+def run_folds(
+    callers: Sequence[Caller],
+    cells: AnnData,
+    labels: Shaped[np.ndarray, "cell"],
+    splits: Sequence[Split],
+    kept: Kept = NOTHING_KEPT,
+) -> list[CallRun]:
     """Run every method on every fold of every split, random ones with all seeds of the split."""
     clock = _Clock([(caller.name, len(fold.train)) for split in splits for fold in split.folds for caller, _ in split.jobs(callers)])
-    return [run for split in splits for run in _run_split(callers, cells, labels, split, clock)]
+    return [run for split in splits for run in _run_split(callers, cells, labels, split, clock, kept)]
 
 
-def _run_split(callers: Sequence[Caller], cells: AnnData, labels: Shaped[np.ndarray, "cell"], split: Split, clock: _Clock) -> list[CallRun]:
+def _run_split(
+    callers: Sequence[Caller], cells: AnnData, labels: Shaped[np.ndarray, "cell"], split: Split, clock: _Clock, kept: Kept
+) -> list[CallRun]:
     jobs = split.jobs(callers)
     found: dict[tuple[str, int], list[tuple[Called, float, float]]] = {}
     for fold in split.folds:
         log.info("%s held out (%s, %s cells)", fold.name, split.name, f"{len(fold.test):,}")
-        reference, query = parted(cells, fold, labels, split.batches)
+        given = Given(*parted(cells, fold, labels, split.batches), fold, split.batches is not None)
         for caller, seed in jobs:
-            one = _run(caller, reference, query, seed)
+            one = given.run(caller, seed, kept)
             found.setdefault((caller.name, seed), []).append(one)
             clock.tell(caller, seed if caller.random and len(split.seeds) > 1 else None, one[1])
         clock.estimate()
@@ -130,15 +156,28 @@ def parted(
         return reference, some(fold.test, {})
 
 
-def _run(caller: Caller, reference: AnnData, query: AnnData, seed: int) -> tuple[Called, float, float]:
-    learned_from, asked = _fresh(reference), _fresh(query)
-    with threads_kept(), MemoryWatch() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore", AnnformerWarning)  # of rare types, in every fold again: the page counts the cells of each
-        began = time.perf_counter()
-        called = caller.call(learned_from, asked, seed)
-        seconds = time.perf_counter() - began
-    assert len(called.types) == query.n_obs, f"{caller.name} called other cells"
-    return called, seconds, memory.growth_mb
+@dataclass(frozen=True)
+class Given:
+    """What a method gets in one fold."""
+
+    reference: AnnData
+    query: AnnData
+    fold: Fold
+    batches_known: bool
+
+    def run(self, caller: Caller, seed: int, kept: Kept) -> tuple[Called, float, float]:
+        """What it says, its seconds, and the growth of memory in MB."""
+
+        def call() -> tuple[Called, float, float]:
+            learned_from, asked = _fresh(self.reference), _fresh(self.query)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AnnformerWarning)  # of rare types, in every fold again: the page counts the cells of each
+                return watched(lambda: caller.call(learned_from, asked, seed))
+
+        rows = hashlib.sha256(self.fold.train.astype(np.int64).tobytes() + b"|" + self.fold.test.astype(np.int64).tobytes()).hexdigest()
+        found = kept.get(Called, call, method=caller.name, seed=seed, cells_of_fold=rows, batches_known=self.batches_known)
+        assert len(found[0].types) == self.query.n_obs, f"{caller.name} called other cells"
+        return found
 
 
 def _fresh(cells: AnnData) -> AnnData:

@@ -50,9 +50,15 @@ def version_facts(packages: Iterable[str], **more: object) -> dict[str, object]:
     """Machine and versions of those `packages` that are installed, after what else there is to say."""
     facts = dict(more)
     facts["machine"] = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+    return facts | installed(packages)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those `packages` that are installed."""
+    found = {}
     for name in packages:
         try:
-            facts[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return facts
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from annformer.comparison.cells import blind_cells, colours_of, data_card, drawn_cells, labels_of, require_cells, require_shared_types
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
+from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
 from annformer.comparison.result import Comparison, Facts, Maps
 from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
@@ -25,9 +26,7 @@ from annformer.evaluate import integration
 from annformer.evaluate.verdict import draws
 from annformer.report import umap
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
-
-if TYPE_CHECKING:
-    from annformer.tasks._integration_recipe import IntegrationRecipe
+from annformer.tasks._integration_recipe import IntegrationRecipe
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **inte
     """Table of methods by name: ours, and every baseline. `integrator` holds options of `BatchIntegrator`."""
     from annformer.baselines import INTEGRATION, available
     from annformer.tasks._integration_cells import FEWEST_CELLS
-    from annformer.tasks._integration_recipe import IntegrationRecipe
 
     tuned = partial(_integrated, model, {"batch_key": batch_key, **integrator})
     given = integrator.get("recipe", "integrate")
@@ -110,6 +108,7 @@ def compare_integration(
     n_draws: int = 1_000,
     name: str = "cells in memory",
     command: str = "",
+    folder: str | Path | None = None,
     **integrator: Any,
 ) -> Comparison:
     """Integrate the batches of `adata` with annformer and with the simple methods, score all of them, and judge ours.
@@ -140,6 +139,8 @@ def compare_integration(
         What the cells are called on the page.
     command
         What makes the same comparison again.
+    folder
+        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it.
     **integrator
         Further options of `BatchIntegrator`, such as `recipe` or `threads`.
     """
@@ -154,8 +155,10 @@ def compare_integration(
     ours = next(method.name for method in chosen if method.kind == "ours")
     loaded = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
     genes = source.match(loaded.vocab).report().lines(loaded.name)
+    options = plain_options(IntegrationRecipe, "integrate", integrator)
+    kept = Kept(folder, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
     with reading_quietly():
-        runs = run_all(chosen, cells, seeds)
+        runs = run_all(chosen, cells, seeds, kept)
     runs.append(shuffled(runs, ours, seeds[0]))
     kept = np.all([np.isfinite(run.made.embedding).all(axis=1) for run in runs], axis=0)
     log.info("scoring %d embeddings of %d cells, %d bootstrap draws of each", len(runs), kept.sum(), n_draws)

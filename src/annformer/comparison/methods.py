@@ -17,6 +17,7 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float
 
+from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept, table_as_text, table_of_text
 from annformer.durations import in_words
 from annformer.errors import input_error
 
@@ -34,6 +35,15 @@ class Made:
     embedding: Float[np.ndarray, "cell width"]
     history: pd.DataFrame | None = None
     genes: Sequence[str] = ()
+
+    def arrays(self) -> Arrays:
+        """All of it, to be kept."""
+        return {"embedding": self.embedding, "history": table_as_text(self.history), "genes": np.array(self.genes, dtype=str)}
+
+    @classmethod
+    def of_arrays(cls, arrays: Arrays) -> Self:
+        """Take what `arrays` gave."""
+        return cls(arrays["embedding"], table_of_text(arrays["history"]), tuple(map(str, arrays["genes"])))
 
 
 class Listed(Protocol):
@@ -56,6 +66,7 @@ class Listed(Protocol):
 
 
 AnyMethod = TypeVar("AnyMethod", bound=Listed)
+AnyResult = TypeVar("AnyResult")
 
 
 @dataclass(frozen=True)
@@ -128,22 +139,27 @@ def _enough(chosen: list[AnyMethod], table: Mapping[str, AnyMethod]) -> list[Any
     return chosen
 
 
-def run_all(methods: Iterable[Method], cells: AnnData, seeds: Sequence[int]) -> list[Run]:
+def run_all(methods: Iterable[Method], cells: AnnData, seeds: Sequence[int], kept: Kept = NOTHING_KEPT) -> list[Run]:
     """Run every method on the same cells, random ones with every seed.
 
-    The floors come first: they are quick, so what is wrong with the cells shows early.
+    The floors come first: they are quick, so what is wrong with the cells shows early. Further seeds come after the first of all methods,
+    when it can be said how long they will take. Runs are in the order of the methods.
     """
     rank = {"floor": 0, "ours": 1, "control": 2}
     ordered = sorted(methods, key=lambda m: rank[m.kind])
-    jobs = [(m, seed) for m in ordered for seed in (seeds if m.random else seeds[:1])]
+    first = [(method, seeds[0]) for method in ordered]
+    jobs = first + [(method, seed) for seed in seeds[1:] for method in ordered if method.random]
     slow = ", ".join(m.name for m in ordered if m.slow)
     log.info("%d runs of %d methods%s", len(jobs), len(ordered), f"; by far the slowest: {slow}" if slow else "")
     runs = []
     for number, (method, seed) in enumerate(jobs, 1):
         log.info("[%d/%d] %s%s", number, len(jobs), method.name, f", seed {seed}" if method.random and len(seeds) > 1 else "")
-        runs.append(_run(method, _fresh(cells), seed))
+        runs.append(_run(method, cells, seed, kept))
         log.info("took %s", in_words(runs[-1].seconds))
-    return runs
+        if number == len(first) < len(jobs):
+            rest = sum(run.seconds for run in runs if run.method.random) * (len(seeds) - 1)
+            log.info("the other %d runs will take about %s", len(jobs) - number, in_words(rest))
+    return sorted(runs, key=lambda run: ordered.index(run.method))
 
 
 def _fresh(cells: AnnData) -> AnnData:
@@ -151,13 +167,19 @@ def _fresh(cells: AnnData) -> AnnData:
     return AnnData(cells.X, obs=cells.obs.copy(), var=cells.var.copy())
 
 
-def _run(method: Method, cells: AnnData, seed: int) -> Run:
+def _run(method: Method, cells: AnnData, seed: int, kept: Kept) -> Run:
+    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed)), method=method.name, seed=seed)
+    assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
+    return Run(method, seed, made, seconds, memory)
+
+
+def watched(work: Callable[[], AnyResult]) -> tuple[AnyResult, float, float]:
+    """Do the work; return its result, its seconds, and the growth of memory in MB."""
     with threads_kept(), MemoryWatch() as memory:
         began = time.perf_counter()
-        made = method.make(cells, seed)
+        made = work()
         seconds = time.perf_counter() - began
-    assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
-    return Run(method, seed, made, seconds, memory.growth_mb)
+    return made, seconds, memory.growth_mb
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""Results of finished runs on disk, so that a comparison that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, Self, TypeVar
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from annformer.comparison.facts import installed
+from annformer.tasks._recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, np.ndarray]
+RESULTS_FOLLOW: Final = ("annformer", "torch", "numpy", "scipy", "scikit-learn", "harmonypy", "scvi-tools", "celltypist")
+"""Packages another version of which may give other results."""
+
+
+class Result(Protocol):
+    """What a run returns."""
+
+    def arrays(self) -> Arrays:
+        """All of it, as arrays that need no pickle."""
+        ...
+
+    @classmethod
+    def of_arrays(cls, arrays: Arrays) -> Self:
+        """Take what `arrays` gave."""
+        ...
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
+
+
+class Kept:
+    """A folder of results, found again by what they depend on.
+
+    A run that gave another result because something else was asked (other cells, model, recipe, seed, version) stands under another name,
+    and is not found; a file that is not whole counts as none.
+
+    Parameters
+    ----------
+    folder
+        Is made when the first result is kept; None: nothing is kept.
+    job
+        Plain JSON values that say what all results depend on.
+    """
+
+    def __init__(self, folder: str | Path | None, job: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._job = {**job, "versions": installed(RESULTS_FOLLOW)}
+
+    def get(self, kind: type[AnyResult], make: Callable[[], tuple[AnyResult, float, float]], **run: Any) -> tuple[AnyResult, float, float]:
+        """Return what an earlier run left, or else make it and keep it: result, seconds, memory in MB.
+
+        Parameters
+        ----------
+        run
+            Plain JSON values that tell this run from others of the job.
+        """
+        if self.folder is None:
+            return make()
+        text = json.dumps({**self._job, **run}, sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+        if (found := _read(path)) is not None:
+            log.info("kept from an earlier start")
+            seconds, memory = found["cost"]
+            return kind.of_arrays(found), float(seconds), float(memory)
+        made, seconds, memory = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        with beside.open("wb") as file:
+            np.savez(file, allow_pickle=False, **made.arrays(), cost=np.array([seconds, memory]))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        return made, seconds, memory
+
+
+NOTHING_KEPT: Final = Kept(None, {})
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def digest(cells: AnnData, columns: Iterable[Any] = ()) -> str:
+    """Hash of counts, gene names, `obs` and further columns, one value per cell each."""
+    found = hashlib.sha256()
+    for array in (cells.X.data, cells.X.indices, cells.X.indptr):
+        found.update(np.ascontiguousarray(array).tobytes())
+    obs = [cells.obs[name] for name in cells.obs]
+    for values in (cells.var_names, *obs, *columns):
+        found.update("\x00".join(map(str, np.asarray(values))).encode())
+        found.update(b"\x01")
+    return found.hexdigest()
+
+
+def table_as_text(table: pd.DataFrame | None) -> np.ndarray:
+    """Turn a table into one piece of text; none into the empty one."""
+    return np.array("" if table is None else table.to_csv(index=False))
+
+
+def table_of_text(text: np.ndarray) -> pd.DataFrame | None:
+    """Take what `table_as_text` gave, to the last bit."""
+    import io
+
+    return pd.read_csv(io.StringIO(str(text)), float_precision="round_trip") if str(text) else None
+
+
+def plain_options(recipes: type[Recipe], default: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an estimator as JSON values, its recipe spelt out; without those that change no result."""
+    given = options.get("recipe", default)
+    recipe = given if isinstance(given, recipes) else recipes.named(given)
+    return {name: value for name, value in options.items() if name != "threads"} | {"recipe": recipe.model_dump(mode="json")}
