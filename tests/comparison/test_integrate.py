@@ -238,13 +238,31 @@ def test_missing_types_are_no_type(cells):
     assert labels_of(AnnDataSource(cells), "cell_type")[:2].tolist() == ["unknown", "unlabelled"]
 
 
-def test_rare_types_are_drawn_too(monkeypatch):
-    monkeypatch.setattr("annformer.comparison.cells.MOST_DRAWN", 100)
+def test_rare_types_are_drawn_too():
     labels = np.array(["common"] * 5_000 + ["rare"] * 7)
-    rows = drawn_cells(labels, np.arange(len(labels)) != 5_000, seed=0)
+    rows = drawn_cells(labels, np.arange(len(labels)) != 5_000, seed=0, most=100)
     assert len(rows) == 100
     assert (labels[rows] == "rare").sum() == 6
     assert (np.diff(rows) > 0).all()
+
+
+def test_of_very_many_cells_some_of_every_type_and_batch_are_scored(cells, tiny_model, monkeypatch):
+    monkeypatch.setattr("annformer.comparison.cells.MOST_SCORED", 120)
+    monkeypatch.setattr("annformer.comparison.cells.FEWEST_DRAWN", 3)
+    seen = []
+    whole = integrate.integration.integration_parts
+    monkeypatch.setattr(
+        integrate.integration,
+        "integration_parts",
+        lambda values, labels, batches, **options: seen.append((labels, batches)) or whole(values, labels, batches, **options),
+    )
+    found = compared(cells, tiny_model, table_of(cells, 6.0, {"PCA HVG": 1.0}))
+    assert found.facts.cells["scored"] == "120 cells, drawn at random"
+    counted = pd.crosstab(*seen[0])
+    assert counted.to_numpy().sum() == 120
+    there = pd.crosstab(cells.obs["cell_type"].astype(str), cells.obs["batch"].astype(str))
+    assert (counted >= np.minimum(there, 3)).all(axis=None)
+    assert all((labels == seen[0][0]).all() for labels, _ in seen)
 
 
 def test_columns_that_can_colour_a_map(cells):

@@ -18,6 +18,8 @@ from annformer.data.tables import require_column
 from annformer.errors import input_error
 from annformer.evaluate.integration import UNLABELLED
 
+MOST_SCORED = 30_000
+"""Cells that are scored: distances between all of them are looked at, for every method and seed."""
 MOST_DRAWN = 2_000
 """Cells on the maps: more are slow to draw and hide each other."""
 FEWEST_DRAWN = 20
@@ -165,12 +167,24 @@ def data_card(
     }
 
 
-def drawn_cells(labels: Sequence[str] | np.ndarray, kept: Bool[np.ndarray, "cell"], seed: int) -> Int[np.ndarray, "drawn"]:
+def scored_cells(
+    labels: Shaped[np.ndarray, "cell"], batches: Shaped[np.ndarray, "cell"], kept: Bool[np.ndarray, "cell"], seed: int
+) -> Bool[np.ndarray, "cell"]:
+    """Which cells are scored: all that are kept, or, where they are very many, a random choice in which no type of any batch is missing."""
+    strata = pd.factorize(pd.MultiIndex.from_arrays([labels, batches]))[0]
+    scored = np.zeros(len(kept), dtype=bool)
+    scored[drawn_cells(strata, kept, seed, MOST_SCORED)] = True
+    return scored
+
+
+def drawn_cells(
+    labels: Sequence[str] | np.ndarray, kept: Bool[np.ndarray, "cell"], seed: int, most: int = MOST_DRAWN
+) -> Int[np.ndarray, "drawn"]:
     """Cells for the maps, in order: all when they are few, else a random choice in which no type is missing."""
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
     place = pd.Series(np.asarray(labels)[rows]).groupby(np.asarray(labels)[rows]).cumcount().to_numpy()
     first = np.concatenate([np.flatnonzero(place < FEWEST_DRAWN), np.flatnonzero(place >= FEWEST_DRAWN)])
-    return np.sort(rows[first[:MOST_DRAWN]])
+    return np.sort(rows[first[:most]])
 
 
 def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> pd.DataFrame:

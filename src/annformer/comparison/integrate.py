@@ -14,7 +14,16 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Bool, Float, Shaped
 
-from annformer.comparison.cells import blind_cells, colours_of, data_card, drawn_cells, labels_of, require_cells, require_shared_types
+from annformer.comparison.cells import (
+    blind_cells,
+    colours_of,
+    data_card,
+    drawn_cells,
+    labels_of,
+    require_cells,
+    require_shared_types,
+    scored_cells,
+)
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
@@ -156,19 +165,20 @@ def compare_integration(
     loaded = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
     genes = source.match(loaded.vocab).report().lines(loaded.name)
     options = plain_options(IntegrationRecipe, "integrate", integrator)
-    kept = Kept(folder, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
+    finished = Kept(folder, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
     with reading_quietly():
-        runs = run_all(chosen, cells, seeds, kept)
+        runs = run_all(chosen, cells, seeds, finished)
     runs.append(shuffled(runs, ours, seeds[0]))
     kept = np.all([np.isfinite(run.made.embedding).all(axis=1) for run in runs], axis=0)
-    log.info("scoring %d embeddings of %d cells, %d bootstrap draws of each", len(runs), kept.sum(), n_draws)
+    scored = scored_cells(labels, batches, kept, seeds[0])
+    log.info("scoring %d embeddings of %d cells, %d bootstrap draws of each", len(runs), scored.sum(), n_draws)
     with threads_kept():
-        scores, drawn, per_label = score(runs, labels, batches, kept, n_draws=n_draws, seed=seeds[0])
+        scores, drawn, per_label = score(runs, labels, batches, scored, n_draws=n_draws, seed=seeds[0])
         rows = drawn_cells(labels, kept, seeds[0])
         log.info("drawing %d cells on %d maps", len(rows), len(first_of(runs)))
         maps = {name: umap(embedding[rows], seed=seeds[0]) for name, embedding in first_of(runs).items()}
     means = scores.groupby(["method", "kind"], sort=False).mean(numeric_only=True).reset_index()
-    n_units = units_drawn(batches[kept], labels[kept])
+    n_units = units_drawn(batches[scored], labels[scored])
     verdicts = verdict_table(means, drawn, ours, n_units)
     n_left_out = int((~usable(drawn)).sum())
     if n_left_out:
@@ -176,7 +186,8 @@ def compare_integration(
     n_labels = per_label["label"].nunique()
     card = "" if isinstance(model, ScGPT) else card_text(model)
     facts = Facts(
-        cells=data_card(source, name, kept=kept, label_key=label_key, batch_key=batch_key, n_labels=n_labels),
+        cells=data_card(source, name, kept=kept, label_key=label_key, batch_key=batch_key, n_labels=n_labels)
+        | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < kept.sum() else {}),
         cells_by=pd.crosstab(pd.Series(labels, name=label_key), pd.Series(batches, name=batch_key)),
         genes=next((run.made.genes for run in runs if run.made.genes), genes),
         model=model_facts(loaded, card),
@@ -191,7 +202,7 @@ def compare_integration(
         ours=ours,
         scores=scores,
         verdicts=verdicts,
-        unit=unit_of(batches[kept], labels[kept]),
+        unit=unit_of(batches[scored], labels[scored]),
         n_units=n_units,
         n_draws=n_draws,
         n_left_out=n_left_out,
