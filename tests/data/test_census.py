@@ -22,11 +22,18 @@ from annformer.data.store_writer import LABELS, write_store
 from annformer.data.studies import LabelCodes, Study
 from annformer.errors import InputError
 
-tiledbsoma = pytest.importorskip("tiledbsoma")
+pytestmark = [pytest.mark.census, pytest.mark.usefixtures("tiledb")]
 
 N = 300
 BLOOD = "tissue_general in ['blood', 'bone marrow'] and disease == 'normal'"
 EVERY = "is_primary_data == True or is_primary_data == False"
+
+
+@pytest.fixture(scope="module")
+def tiledb():
+    """The package, imported where a test runs, not where tests are collected: it stays out of the process of the other tests."""
+    pytest.importorskip("tiledbsoma.io")
+    return sys.modules["tiledbsoma"]
 
 
 def census_cells(tiny_adata) -> ad.AnnData:
@@ -53,20 +60,20 @@ def census_cells(tiny_adata) -> ad.AnnData:
 
 
 def write_experiment(adata: ad.AnnData, folder: Path, layer: str = "raw") -> Path:
+    import tiledbsoma.io
+
     tiledbsoma.io.from_anndata(str(folder), adata, measurement_name="RNA", X_layer_name=layer)
     return folder
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny_adata) -> tuple[ad.AnnData, Path]:
+def built(tmp_path_factory, tiny_adata, tiledb) -> tuple[ad.AnnData, Path]:
     """A copy of the Census: census_data/homo_sapiens/ms/RNA/X/raw."""
-    import tiledbsoma.io
-
     folder, adata = tmp_path_factory.mktemp("soma") / "census", census_cells(tiny_adata)
-    with tiledbsoma.Collection.create(str(folder)) as whole:
+    with tiledb.Collection.create(str(folder)) as whole:
         whole.add_new_collection("census_data")
     human = write_experiment(adata, folder / "census_data" / "homo_sapiens")
-    with tiledbsoma.Collection.open(str(human.parent), "w") as data, tiledbsoma.Experiment.open(str(human)) as experiment:
+    with tiledb.Collection.open(str(human.parent), "w") as data, tiledb.Experiment.open(str(human)) as experiment:
         data.set("homo_sapiens", experiment, use_relative_uri=True)
     return adata, human
 
@@ -182,14 +189,14 @@ class TestStudy:
         with pytest.raises(InputError, match="no measurement 'ADT'"):
             SomaStudy(path=path, layer="data", measurement="ADT").open()
 
-    def test_identity_follows_the_question_and_the_data(self, adata, human, tmp_path):
+    def test_identity_follows_the_question_and_the_data(self, adata, human, tiledb, tmp_path):
         whole, some = SomaStudy(path=str(human)), SomaStudy(path=str(human), obs_filter=BLOOD)
         assert whole.identity() == SomaStudy(path=str(human)).identity() != some.identity()
         assert some.record()["obs_filter"] == f"({BLOOD}) and is_primary_data == True"
         path = write_experiment(adata[:200].copy(), tmp_path / "exp")
         before = SomaStudy(path=str(path)).identity()
-        with tiledbsoma.Experiment.open(str(path), "w") as experiment:
-            tiledbsoma.io.update_obs(experiment, adata.obs[:200].assign(is_primary_data=True, obs_id=adata.obs_names[:200]))
+        with tiledb.Experiment.open(str(path), "w") as experiment:
+            tiledb.io.update_obs(experiment, adata.obs[:200].assign(is_primary_data=True, obs_id=adata.obs_names[:200]))
         assert SomaStudy(path=str(path)).identity()["taken"] != before["taken"]
 
 
@@ -239,7 +246,7 @@ class TestStore:
         assert [Path(study.path).name for study in find_studies([human.parents[2]])] == ["census"]
 
     @pytest.mark.parametrize("stop_at", [2, 7])
-    def test_stopped_run_ends_with_the_same_bytes(self, human, tmp_path, monkeypatch, stop_at):
+    def test_stopped_run_ends_with_the_same_bytes(self, human, tiledb, tmp_path, monkeypatch, stop_at):
         options = {"memory_gb": 2e-5, "shard_bytes": 20_000}
         monkeypatch.setattr(writer, "CELLS_PER_READ", 16)
         monkeypatch.setattr(census, "BLOCK_VALUES", 1_500)
@@ -251,7 +258,7 @@ class TestStore:
             calls += 1
             if calls == stop_at + 2:  # the first two are samples
                 msg = "S3: connection reset"
-                raise tiledbsoma.SOMAError(msg)
+                raise tiledb.SOMAError(msg)
             return inner(self, start, stop)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="connection reset"):
