@@ -17,6 +17,8 @@ from anndata import AnnData
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 
+from soma_experiments import write_experiment
+
 
 @dataclass
 class Kit:
@@ -33,13 +35,11 @@ class Kit:
 
     def experiment(self, change: Callable[[AnnData], None] | None = None, layer: str = "raw") -> None:
         """Write cells after `change` as a SOMA experiment `exp/`."""
-        import tiledbsoma.io
-
         adata = self.adata()
         adata.obs["tissue"] = "blood"
         if change is not None:
             change(adata)
-        tiledbsoma.io.from_anndata(str(self.folder / "exp"), adata, measurement_name="RNA", X_layer_name=layer)
+        write_experiment(adata, self.folder / "exp", layer)
 
     def tensors(self, change: Callable[[dict[str, np.ndarray]], object]) -> None:
         """Change the weights of `model/`."""

@@ -26,6 +26,11 @@ class Measured(NamedTuple):
     """Row of `genes` that holds for each cell."""
 
 
+def without_logarithm(values: Float[np.ndarray, "value"], base: float) -> Float[np.ndarray, "value"]:
+    """Undo log(1 + x) to this base, in float64."""
+    return np.expm1(values.astype(np.float64) * np.log(base))
+
+
 class CellBatch(NamedTuple):
     """Cells as a source gives them: sparse expression over genes that the vocabulary knows."""
 
@@ -48,7 +53,7 @@ class CellBatch(NamedTuple):
         if self.base is None:
             return self
         counts = self.counts.copy()
-        counts.data = np.expm1(counts.data.astype(np.float64) * np.log(self.base))
+        counts.data = without_logarithm(counts.data, self.base)
         return self._replace(counts=counts, base=None)
 
     @property

@@ -21,6 +21,7 @@ from annformer.data.store import MANIFEST, StoreSource
 from annformer.data.store_writer import LABELS, write_store
 from annformer.data.studies import LabelCodes, Study
 from annformer.errors import InputError
+from soma_experiments import replace_obs, write_experiment, write_in_collection
 
 pytestmark = [pytest.mark.census, pytest.mark.usefixtures("tiledb")]
 
@@ -32,8 +33,7 @@ EVERY = "is_primary_data == True or is_primary_data == False"
 @pytest.fixture(scope="module")
 def tiledb():
     """The package, imported where a test runs, not where tests are collected: it stays out of the process of the other tests."""
-    pytest.importorskip("tiledbsoma.io")
-    return sys.modules["tiledbsoma"]
+    return pytest.importorskip("tiledbsoma")
 
 
 def census_cells(tiny_adata) -> ad.AnnData:
@@ -59,22 +59,11 @@ def census_cells(tiny_adata) -> ad.AnnData:
     return adata
 
 
-def write_experiment(adata: ad.AnnData, folder: Path, layer: str = "raw") -> Path:
-    import tiledbsoma.io
-
-    tiledbsoma.io.from_anndata(str(folder), adata, measurement_name="RNA", X_layer_name=layer)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, tiny_adata, tiledb) -> tuple[ad.AnnData, Path]:
     """A copy of the Census: census_data/homo_sapiens/ms/RNA/X/raw."""
     folder, adata = tmp_path_factory.mktemp("soma") / "census", census_cells(tiny_adata)
-    with tiledb.Collection.create(str(folder)) as whole:
-        whole.add_new_collection("census_data")
-    human = write_experiment(adata, folder / "census_data" / "homo_sapiens")
-    with tiledb.Collection.open(str(human.parent), "w") as data, tiledb.Experiment.open(str(human)) as experiment:
-        data.set("homo_sapiens", experiment, use_relative_uri=True)
+    human = write_in_collection(adata, folder)
     return adata, human
 
 
@@ -189,14 +178,13 @@ class TestStudy:
         with pytest.raises(InputError, match="no measurement 'ADT'"):
             SomaStudy(path=path, layer="data", measurement="ADT").open()
 
-    def test_identity_follows_the_question_and_the_data(self, adata, human, tiledb, tmp_path):
+    def test_identity_follows_the_question_and_the_data(self, adata, human, tmp_path):
         whole, some = SomaStudy(path=str(human)), SomaStudy(path=str(human), obs_filter=BLOOD)
         assert whole.identity() == SomaStudy(path=str(human)).identity() != some.identity()
         assert some.record()["obs_filter"] == f"({BLOOD}) and is_primary_data == True"
         path = write_experiment(adata[:200].copy(), tmp_path / "exp")
         before = SomaStudy(path=str(path)).identity()
-        with tiledb.Experiment.open(str(path), "w") as experiment:
-            tiledb.io.update_obs(experiment, adata.obs[:200].assign(is_primary_data=True, obs_id=adata.obs_names[:200]))
+        replace_obs(path, adata.obs[:200].assign(is_primary_data=True, obs_id=adata.obs_names[:200]))
         assert SomaStudy(path=str(path)).identity()["taken"] != before["taken"]
 
 

@@ -280,6 +280,7 @@ def test_recipes_that_ship_are_read(name):
 
 def test_the_recipe_of_the_original_trains_dsbn_without_anchors(model, cells):
     original = IntegrationRecipe.named("integrate-original")
+    assert original.train.max_length == original.max_length == original.n_genes + 1, "every gene of a cell is a token of each step"
     train = original.train.with_(epochs=0.3, tokens_per_step=20_000, tokens_per_forward=20_000, validations=1)
     integrator = BatchIntegrator(model, batch_key="batch", recipe=original.with_(train=train.model_dump(), n_genes=100), threads=1)
     embedded = integrator.fit(cells).transform(cells, copy=True)

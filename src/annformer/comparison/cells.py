@@ -17,6 +17,7 @@ from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.data.tables import require_column
 from annformer.errors import input_error
 from annformer.evaluate.integration import UNLABELLED
+from annformer.tokens import without_logarithm
 
 MOST_SCORED = 30_000
 """Cells that are scored: distances between all of them are looked at, for every method and seed."""
@@ -78,7 +79,7 @@ def blind_cells(source: AnnDataSource, batch_key: str | None, *, undo: bool = Fa
     parts = [csr_matrix((block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, source.n_vars)) for block in blocks]
     counts = csr_matrix(vstack(parts, format="csr"), dtype=np.float32)
     if source.log_base is not None:
-        counts.data = np.expm1(counts.data * np.float32(np.log(source.log_base)))
+        counts.data = without_logarithm(counts.data, source.log_base).astype(np.float32)
     genes = np.flatnonzero(np.asarray(source.gene_names) != "")
     batches = {} if batch_key is None else {batch_key: pd.Categorical(batches_of(source, batch_key))}
     obs = pd.DataFrame(batches, index=np.asarray(source.obs_names).astype(str))

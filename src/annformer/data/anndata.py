@@ -22,7 +22,7 @@ from annformer.data.readers import read_rows
 from annformer.data.tables import Table, as_text, is_text, require_column
 from annformer.errors import AnnformerWarning, InputError, input_error
 from annformer.genes import GeneMatch, match_genes
-from annformer.tokens import CellBatch
+from annformer.tokens import CellBatch, without_logarithm
 from annformer.vocab import GeneVocab
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class AnnDataSource:
         cell = np.repeat(np.arange(len(cells.indptr) - 1), np.diff(cells.indptr))
 
         def spread(base: float) -> float:
-            back = np.expm1(cells.data.astype(np.float64) * np.log(base))
+            back = without_logarithm(cells.data, base)
             if (np.abs(back - np.rint(back)) <= 1e-4 * np.maximum(back, 1)).all():
                 return 0.0
             sums = np.bincount(cell, back)
