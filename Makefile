@@ -26,11 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) --no-deps --constraint constraints.txt --extra-index-url "$(TORCH_INDEX)" --retries 1 --timeout 30 torch
-	$(PIP) --constraint constraints.txt --editable ".[report,evaluate,cluster,harmony,hub]" --group test --group lint
-	touch $@
-
-$(VENV)/.ready-census: $(READY)
-	$(PIP) --constraint constraints.txt --editable ".[census]"
+	$(PIP) --constraint constraints.txt --editable ".[report,evaluate,cluster,harmony,hub,census]" --group test --group lint
 	touch $@
 
 $(VENV)/.ready-docs: $(READY)
@@ -40,11 +36,8 @@ $(VENV)/.ready-docs: $(READY)
 demo: $(READY)
 	$(BIN)/annformer demo --out demo --overwrite
 
-# TileDB has crashed its process now and then (status 128 and above), always among other tests: so it gets a process of its own, twice
-# if need be; a test that fails (status 1) is not asked again
-test: $(VENV)/.ready-census
+test: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
-	for try in 1 2; do $(ONE_THREAD) $(BIN)/python -m pytest -p no:xdist -m census; code=$$?; test $$code -ge 128 || break; done; exit $$code
 
 test-slow: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu"

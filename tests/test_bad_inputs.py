@@ -37,11 +37,6 @@ def assert_one_message(text: str, words: tuple[str, ...]) -> None:
         assert word in message, f"{word!r} is not said:\n{message}"
 
 
-def as_param(row: Row) -> object:
-    """Name and marks of a row."""
-    return pytest.param(row, id=row.name, marks=pytest.mark.census if row.needs == "tiledbsoma" else ())
-
-
 @pytest.fixture
 def kit(tmp_path, monkeypatch, tiny_adata, tiny_model) -> Kit:
     monkeypatch.chdir(tmp_path)
@@ -51,7 +46,7 @@ def kit(tmp_path, monkeypatch, tiny_adata, tiny_model) -> Kit:
     return kit
 
 
-@pytest.mark.parametrize("row", [*map(as_param, ROWS + ANNOTATIONS + MAPPINGS)])
+@pytest.mark.parametrize("row", ROWS + ANNOTATIONS + MAPPINGS, ids=lambda row: row.name)
 def test_mistake(row: Row, kit: Kit, capsys):
     if row.skip_root and os.geteuid() == 0:
         pytest.skip("root may write everywhere")

@@ -23,17 +23,11 @@ from annformer.data.studies import LabelCodes, Study
 from annformer.errors import InputError
 from soma_experiments import replace_obs, write_experiment, write_in_collection
 
-pytestmark = [pytest.mark.census, pytest.mark.usefixtures("tiledb")]
+tiledbsoma = pytest.importorskip("tiledbsoma")
 
 N = 300
 BLOOD = "tissue_general in ['blood', 'bone marrow'] and disease == 'normal'"
 EVERY = "is_primary_data == True or is_primary_data == False"
-
-
-@pytest.fixture(scope="module")
-def tiledb():
-    """The package, imported where a test runs, not where tests are collected: it stays out of the process of the other tests."""
-    return pytest.importorskip("tiledbsoma")
 
 
 def census_cells(tiny_adata) -> ad.AnnData:
@@ -60,7 +54,7 @@ def census_cells(tiny_adata) -> ad.AnnData:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny_adata, tiledb) -> tuple[ad.AnnData, Path]:
+def built(tmp_path_factory, tiny_adata) -> tuple[ad.AnnData, Path]:
     """A copy of the Census: census_data/homo_sapiens/ms/RNA/X/raw."""
     folder, adata = tmp_path_factory.mktemp("soma") / "census", census_cells(tiny_adata)
     human = write_in_collection(adata, folder)
@@ -234,7 +228,7 @@ class TestStore:
         assert [Path(study.path).name for study in find_studies([human.parents[2]])] == ["census"]
 
     @pytest.mark.parametrize("stop_at", [2, 7])
-    def test_stopped_run_ends_with_the_same_bytes(self, human, tiledb, tmp_path, monkeypatch, stop_at):
+    def test_stopped_run_ends_with_the_same_bytes(self, human, tmp_path, monkeypatch, stop_at):
         options = {"memory_gb": 2e-5, "shard_bytes": 20_000}
         monkeypatch.setattr(writer, "CELLS_PER_READ", 16)
         monkeypatch.setattr(census, "BLOCK_VALUES", 1_500)
@@ -246,7 +240,7 @@ class TestStore:
             calls += 1
             if calls == stop_at + 2:  # the first two are samples
                 msg = "S3: connection reset"
-                raise tiledb.SOMAError(msg)
+                raise tiledbsoma.SOMAError(msg)
             return inner(self, start, stop)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="connection reset"):
