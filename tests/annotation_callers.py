@@ -68,4 +68,4 @@ def quick(patch: pytest.MonkeyPatch, *, embed: bool = False) -> None:
     patch.setattr(methods, "MemoryWatch", NoWatch)
     patch.setattr(calibration, "calibrated_error", partial(calibration.calibrated_error, n_simulations=20))
     if not embed:
-        patch.setattr(annotate, "_embed_once", some_embedding)
+        patch.setattr(annotate, "embed_once", some_embedding)

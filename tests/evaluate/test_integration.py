@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from annformer.errors import InputError
-from annformer.evaluate import DEFINITIONS, _integration_cells, draws, integration_parts, integration_scores, per_label_scores, versions
+from annformer.evaluate import DEFINITIONS, _integration_cells, draws, integration_parts, integration_scores, per_label_scores
 from annformer.evaluate._integration_parts import LABEL_SCORES
 
 scib = pytest.importorskip("scib_metrics")
@@ -223,7 +223,3 @@ def test_bootstrap_of_shuffled_labels_is_at_chance():
 def test_what_cannot_be_scored_is_named(representation, labels, batches, message):
     with pytest.raises(InputError, match=message):
         integration_scores(representation, labels, batches)
-
-
-def test_versions_name_what_the_scores_depend_on():
-    assert versions()["scib-metrics"][0].isdigit()

@@ -607,7 +607,7 @@ def test_ctrl_c_keeps_the_work_done_and_says_how_to_go_on(path_in, tiny_model, t
     with pytest.raises(KeyboardInterrupt) as caught:
         embed_file(path_in, tmp_path / "out.h5ad", tiny_model)
     assert "are done and kept" in caplog.text
-    assert "--resume where a line above says that the work done is kept" in str(explain(caught.value))
+    assert "embed and prepare do with --resume" in str(explain(caught.value))
     assert json.loads((tmp_path / "out.h5ad.partial" / "journal.json").read_text())["done"] == 24
 
 

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 
 from annformer.tasks import _linear_part
-from annformer.tasks._linear_part import LENGTH, fit_linear
+from annformer.tasks._linear_part import LENGTH, fit_linear, fit_scaled
 
 
 def problem(n, p, seed=0, k=3):
@@ -28,7 +28,7 @@ def test_it_is_the_logistic_regression_of_scikit_learn(n, p):
     x, codes = problem(n, p)
     found = fit_linear(sp.csr_matrix(x), codes, 3, np.arange(n) % 3, strengths=(0.01,), balance=0.0)
     theirs = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit(x * scale_of(x), codes)
-    ours = found.linear.logits(sp.csr_matrix(x))
+    ours = found.linear.logits(sp.csr_matrix(x)) / found.factor
     expected = theirs.predict_log_proba(x * scale_of(x))
     np.testing.assert_allclose(ours - np.logaddexp.reduce(ours, axis=1, keepdims=True), expected, atol=5e-3)
 
@@ -57,8 +57,9 @@ def test_a_held_back_cell_takes_no_part_in_what_is_said_of_it():
     changed = codes.copy()
     changed[folds == 0] = (changed[folds == 0] + 1) % 3
     after = fit_linear(x, changed, 3, folds, strengths=(0.01,), balance=0.0)
-    np.testing.assert_allclose(after.out_of_fold[folds == 0], before.out_of_fold[folds == 0], atol=1e-6)
-    assert np.abs(after.out_of_fold[folds == 1] - before.out_of_fold[folds == 1]).max() > 0.01
+    said = [found.out_of_fold / found.factor for found in (before, after)]
+    np.testing.assert_allclose(said[1][folds == 0], said[0][folds == 0], atol=1e-6)
+    assert np.abs(said[1][folds == 1] - said[0][folds == 1]).max() > 0.01
 
 
 def test_noise_asks_for_a_strong_penalty_and_signal_for_a_weak_one():
@@ -67,6 +68,29 @@ def test_noise_asks_for_a_strong_penalty_and_signal_for_a_weak_one():
     signal = fit_linear(x, codes, 3, np.arange(120) % 4, strengths=strengths, balance=0.0)
     noise = fit_linear(x, np.random.default_rng(1).permutation(codes), 3, np.arange(120) % 4, strengths=strengths, balance=0.0)
     assert noise.strength == 1e-4 < signal.strength
+
+
+def test_logits_are_as_sure_as_held_back_cells_allow():
+    x, codes = problem(300, 60)
+    timid = fit_linear(x, codes, 3, np.arange(300) % 4, strengths=(1e-4,), balance=0.0)
+    assert timid.factor > 2
+    probabilities = np.exp(timid.out_of_fold - np.logaddexp.reduce(timid.out_of_fold, axis=1, keepdims=True))
+    right = probabilities.argmax(axis=1) == codes
+    assert abs(probabilities.max(axis=1).mean() - right.mean()) < 0.03
+
+
+def test_scaled_features_are_read_from_all_features():
+    x, codes = problem(200, 60)
+    x[:, 7] = 3.0  # never varies
+    columns = np.array([0, 1, 2, 7, 20])
+    found = fit_scaled(sp.csr_matrix(x), columns, codes, 3, np.arange(200) % 4, strengths=(0.1,))
+    some = x[:, columns]
+    scaled = some[:, :3] / some[:, :3].std(axis=0)
+    scaled = np.c_[scaled, some[:, 4:] / some[:, 4:].std(axis=0)]
+    alone = fit_linear(sp.csr_matrix(scaled.astype(np.float32)), codes, 3, np.arange(200) % 4, strengths=(0.1,), balance=1.0)
+    np.testing.assert_allclose(centred(found.linear.logits(sp.csr_matrix(x))), centred(alone.linear.logits(scaled)), atol=2e-2)
+    assert not found.linear.weight[np.setdiff1d(np.arange(60), [0, 1, 2, 20])].any()
+    assert found.linear.mean.shape == (60,)
 
 
 def test_balance_calls_rare_types_more():

@@ -14,8 +14,8 @@ from anndata import AnnData
 from jaxtyping import Float
 
 from annformer.baselines.integration import INTEGRATION
-from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
-from annformer.comparison.facts import model_facts, version_facts
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of, scored_cells
+from annformer.comparison.facts import INTEGRATION_PACKAGES, model_facts, version_facts
 from annformer.comparison.methods import threads_kept
 from annformer.data.anndata import AnnDataSource
 from annformer.evaluate.integration import DEFINITIONS, integration_scores
@@ -23,7 +23,6 @@ from annformer.report import Bullets, Code, Facts, Figure, Note, Page, Table, Te
 from annformer.tasks.integration import BatchIntegrator
 
 OURS, FLOOR = "annformer fine-tuned", "PCA HVG"
-PACKAGES = ("annformer", "torch", "scanpy", "anndata", "numpy", "scipy", "scikit-learn", "umap-learn", "scib-metrics")
 SHOWN_SCORES = ("overall", "avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivity", "asw_batch", "kbet", "ilisi")
 
 
@@ -54,7 +53,8 @@ class Shown:
             known = np.isfinite(ours[:, 0])
             rows = drawn_cells(batches if labels is None else labels, known, seed)
             maps = {method: umap(embedding[rows], seed=seed) for method, embedding in embeddings.items()}
-            scores = _scores(embeddings, labels, batches, known, seed)
+            scored = scored_cells(batches if labels is None else labels, batches, known, seed)
+            scores = _scores(embeddings, labels, batches, scored, seed)
         label = label_key if label_key is not None else integrator.batch_key
         sizes = zip(*np.unique(batches, return_counts=True), strict=True)
         made = integrator.model_.config.provenance
@@ -65,7 +65,7 @@ class Shown:
             "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
             "genes read": f"{len(integrator.genes_):,} that vary within the batches ({made['genes_chosen_by']})",
             "time": f"{integrator.seconds_:,.0f} s",
-        }
+        } | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < known.sum() else {})
         return cls(
             integrator, name, command, facts, embeddings, maps, colours_of(adata.obs, label, integrator.batch_key).iloc[rows], scores
         )
@@ -94,7 +94,7 @@ def write_page(shown: Shown, path: Path) -> None:
     page.add("The cells", Facts(shown.facts))
     page.add("Genes", Bullets(integrator.match_.report().lines()))
     page.add("The model", Facts(model_facts(integrator.model_, "")))
-    page.add("How to get this page again", Code(shown.command), Facts(version_facts(PACKAGES)))
+    page.add("How to get this page again", Code(shown.command), Facts(version_facts(INTEGRATION_PACKAGES)))
     page.add("Using it", Text("Neighbours, clusters and maps of the integrated cells:"), Code(_USE))
     page.write(path)
 

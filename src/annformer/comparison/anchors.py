@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from anndata import AnnData
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.random_cells import MemoryCells
@@ -30,10 +30,30 @@ def anchors_of(
         Its vocabulary says which genes are known.
     """
     from annformer.tasks._alignment import find_anchors
-    from annformer.tasks._cells import chosen_genes, expression_over
+    from annformer.tasks._cells import expression_over
+
+    known, batches, panel = _panel(cells, model, recipe, batch_key)
+    return find_anchors(expression_over(known, panel), batches, **recipe.anchor.model_dump(), seed=seed)
+
+
+def require_variable_genes(cells: AnnData, model: ScGPT | str | Path, recipe: IntegrationRecipe, *, batch_key: str) -> None:
+    """Say before the first method what fine-tuning would say after the last: hardly a gene varies.
+
+    Raises
+    ------
+    InputError
+        When that is so, or the model is fine-tuned already.
+    """
+    _panel(cells, model, recipe, batch_key)
+
+
+def _panel(
+    cells: AnnData, model: ScGPT | str | Path, recipe: IntegrationRecipe, batch_key: str
+) -> tuple[MemoryCells, Int[np.ndarray, "cell"], Int[np.ndarray, "panel"]]:
+    """Cells, their batches, and the genes that fine-tuning would choose."""
+    from annformer.tasks._cells import chosen_genes
     from annformer.tasks._finetune import loaded
 
     known = MemoryCells(AnnDataSource(cells, layer="X"), loaded(model).vocab.all_trained(), [batch_key])
     batches = known.codes(batch_key)
-    panel, _ = chosen_genes(known, batches, recipe.n_genes)
-    return find_anchors(expression_over(known, panel), batches, **recipe.anchor.model_dump(), seed=seed)
+    return known, batches, chosen_genes(known, batches, recipe.n_genes)[0]

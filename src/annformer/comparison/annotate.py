@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +24,11 @@ from annformer.comparison.annotation_cells import (
     splits_of,
     typed_cells,
 )
-from annformer.comparison.annotation_methods import EMBEDDING, EXPRESSION, MAPPING, NETWORK, OURS, SCRATCH, methods
+from annformer.comparison.annotation_methods import EXPRESSION, MAPPING, NETWORK, OURS, SCRATCH, methods
 from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.calls import Called, Caller, CallRun, Split, run_folds, shuffled, with_parts
 from annformer.comparison.cells import colours_of, data_card, drawn_cells
+from annformer.comparison.embedded import EMBEDDING, embed_once
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import choose, threads_kept
@@ -109,7 +109,8 @@ def compare_annotation(
     command
         What makes the same comparison again.
     folder
-        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it.
+        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it. With a `table` of your own
+        nothing is kept: nobody could tell whether its functions are the same.
     **classifier
         Further options of `CellTypeClassifier`, such as `recipe` or `threads`.
     """
@@ -127,9 +128,9 @@ def compare_annotation(
         "model": loaded.fingerprint,
         "options": plain_options(AnnotationRecipe, "annotate", classifier),
     }
-    kept = Kept(folder, job)
+    kept = Kept(folder if table is None else None, job)
     with reading_quietly(), _only_warnings("annformer.tasks"):
-        seconds = _embed_once(task.cells, loaded, classifier)
+        seconds = embed_once(task.cells, loaded, classifier, kept)
         runs = with_parts(run_folds(chosen, task.cells, task.truth, splits, kept))
         known = _novel(chosen, runs, task, splits[-1], kept, wanted=novelty)
     card = "" if isinstance(model, ScGPT) else card_text(model)
@@ -150,18 +151,6 @@ def compare_annotation(
     ]
     with threads_kept():
         return _judged(adata, task, splits, runs, known, facts, n_draws)
-
-
-def _embed_once(cells: AnnData, model: ScGPT, options: Mapping[str, Any]) -> float:
-    """Embed all cells: a pure function of the content of each, without any type; return the seconds."""
-    from annformer.tasks._threads import torch_threads
-    from annformer.tasks.embedding import embed
-
-    log.info("embedding %s cells once for all folds", f"{cells.n_obs:,}")
-    began = time.perf_counter()
-    with torch_threads(options.get("threads")):
-        embed(cells, model, key_added=EMBEDDING, layer="X", progress=False, device=options.get("device"))
-    return time.perf_counter() - began
 
 
 def _novel(
@@ -261,9 +250,14 @@ def _maps(adata: AnnData, task: Typed, called: Called, seed: int) -> Maps:
     columns = colours_of(adata.obs[task.kept], task.label_key, task.batch_key)
     right = np.where(called.types == task.truth, "right", "wrong")
     more = {CALLED_AS: called.types, RIGHT: right} | ({} if called.confidence is None else {"confidence": called.confidence})
-    placed = pd.DataFrame({task.label_key: columns[task.label_key]} | more, index=columns.index)
+    # by position: names of cells may occur twice
+    placed = pd.DataFrame({task.label_key: columns[task.label_key].to_numpy()} | more, index=columns.index)
     others = columns.drop(columns=[task.label_key, *(name for name in more if name in columns)])
-    return Maps(rows, {"embedding of annformer": umap(embedding[rows], seed=seed)}, placed.join(others).iloc[rows])
+    return Maps(
+        rows,
+        {"embedding of annformer": umap(embedding[rows], seed=seed)},
+        pd.concat([placed.reset_index(drop=True), others.reset_index(drop=True)], axis=1).set_axis(columns.index).iloc[rows],
+    )
 
 
 @contextmanager

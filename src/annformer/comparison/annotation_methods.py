@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 
 from annformer.comparison.annotation_scores import COVERAGE
 from annformer.comparison.calls import BATCH, TYPE, Called, Caller
+from annformer.comparison.embedded import EMBEDDING
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._annotation_recipe import AnnotationRecipe
 
@@ -21,8 +22,6 @@ OURS, SCRATCH, MAPPING = "annformer", "annformer from scratch", "annformer mappi
 EXPRESSION, NETWORK = "annformer expression part alone", "annformer network part alone"
 PARTS: Final = {"_by_expression": EXPRESSION, "_by_network": NETWORK}
 """Column of the classifier -> the part that it says the calls of."""
-EMBEDDING = "X_annformer"
-"""Place in obsm of the embedding that is made once for all folds."""
 
 
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, **classifier: Any) -> dict[str, Caller]:

@@ -12,7 +12,7 @@ from annformer.comparison.annotation_cells import BY_BATCH
 from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.annotation_scores import COVERAGE, COVERAGE_WORDS, JUDGED
 from annformer.comparison.calls import CONTROL
-from annformer.comparison.page import best_floor, cells_by, chosen, how_judged, intervals, labels_of, skipped, verdict_blocks
+from annformer.comparison.page import best_floor, cells_by, chosen, few_seeds, how_judged, intervals, labels_of, skipped, verdict_blocks
 from annformer.comparison.table import scores_table
 from annformer.report import (
     Block,
@@ -218,6 +218,7 @@ def _caveats(comparison: AnnotationComparison) -> list[str]:
     few = "The intervals say what other cells like these would show, not what other batches or donors would."
     return [
         *([few] if comparison.n_units is None else []),
+        *few_seeds(comparison),
         f"The scores are those of cells {new}; cells of another laboratory, tissue or disease are harder still.",
         "The types are those that somebody gave these cells, often with the help of one of the methods above. Where they are wrong, so "
         "are the scores.",

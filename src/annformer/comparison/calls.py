@@ -175,7 +175,7 @@ class Given:
                 return watched(lambda: caller.call(learned_from, asked, seed))
 
         rows = hashlib.sha256(self.fold.train.astype(np.int64).tobytes() + b"|" + self.fold.test.astype(np.int64).tobytes()).hexdigest()
-        found = kept.get(Called, call, method=caller.name, seed=seed, cells_of_fold=rows, batches_known=self.batches_known)
+        found = kept.get(Called, call, method=caller.name, seed=int(seed), cells_of_fold=rows, batches_known=self.batches_known)
         assert len(found[0].types) == self.query.n_obs, f"{caller.name} called other cells"
         return found
 

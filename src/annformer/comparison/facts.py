@@ -6,10 +6,17 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from annformer.scgpt import ScGPT, locate
+
+INTEGRATION_PACKAGES: Final = (
+    *("annformer", "torch", "scanpy", "scikit-misc", "anndata", "numpy", "scipy", "scikit-learn", "umap-learn", "igraph", "scib-metrics"),
+    *("harmonypy", "scvi-tools"),
+)
+"""Versions of what an integration, its floors, its scores and its maps follow."""
 
 
 def card_text(source: str | Path) -> str:

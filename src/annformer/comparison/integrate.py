@@ -14,6 +14,7 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Bool, Float, Shaped
 
+from annformer.comparison.anchors import require_variable_genes
 from annformer.comparison.cells import (
     blind_cells,
     colours_of,
@@ -24,7 +25,7 @@ from annformer.comparison.cells import (
     require_shared_types,
     scored_cells,
 )
-from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
+from annformer.comparison.facts import INTEGRATION_PACKAGES, card_says, card_text, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
 from annformer.comparison.result import Comparison, Facts, Maps
@@ -46,10 +47,6 @@ HELD_AGAINST: Final = {
     SCRATCH: "the same training from random weights",
     ZERO: "no training on these cells",
 }
-PACKAGES: Final = (
-    *("annformer", "torch", "scanpy", "anndata", "numpy", "scipy", "scikit-learn", "umap-learn", "igraph", "scib-metrics"),
-    *("harmonypy", "scvi-tools"),
-)
 
 
 def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **integrator: Any) -> dict[str, Method]:
@@ -58,8 +55,7 @@ def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **inte
     from annformer.tasks._integration_cells import FEWEST_CELLS
 
     tuned = partial(_integrated, model, {"batch_key": batch_key, **integrator})
-    given = integrator.get("recipe", "integrate")
-    recipe = given if isinstance(given, IntegrationRecipe) else IntegrationRecipe.named(str(given))
+    recipe = _recipe(integrator)
     embedded = partial(_embedded, model, device=integrator.get("device"), threads=integrator.get("threads"))
     table = [
         Method(TUNED, "ours", partial(tuned, pretrained=True), fewest_cells=FEWEST_CELLS),
@@ -73,6 +69,11 @@ def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **inte
         make = partial(_baseline, function, batch_key)
         table.append(Method(name, "floor", make, random=not name.startswith("PCA"), missing=available(name), slow=name.startswith("scVI")))
     return {method.name: method for method in table}
+
+
+def _recipe(integrator: Mapping[str, Any]) -> IntegrationRecipe:
+    given = integrator.get("recipe", "integrate")
+    return given if isinstance(given, IntegrationRecipe) else IntegrationRecipe.named(str(given))
 
 
 def _integrated(model: ScGPT | str | Path, options: Mapping[str, Any], cells: AnnData, seed: int, *, pretrained: bool) -> Made:
@@ -149,7 +150,8 @@ def compare_integration(
     command
         What makes the same comparison again.
     folder
-        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it.
+        Keeps what finished runs returned, so that the same call goes on after a kill. Nobody removes it. With a `table` of your own
+        nothing is kept: nobody could tell whether its functions are the same.
     **integrator
         Further options of `BatchIntegrator`, such as `recipe` or `threads`.
     """
@@ -161,11 +163,14 @@ def compare_integration(
     chosen, skipped = choose(methods(model, batch_key=batch_key, **integrator) if table is None else table, wanted)
     require_shared_types(labels, batches)
     require_cells(batches, batch_key, {method.name: method.fewest_cells for method in chosen})
+    if table is None and any(method.name in (TUNED, SCRATCH, ANCHORS) for method in chosen):
+        with reading_quietly():
+            require_variable_genes(cells, model, _recipe(integrator), batch_key=batch_key)
     ours = next(method.name for method in chosen if method.kind == "ours")
     loaded = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
     genes = source.match(loaded.vocab).report().lines(loaded.name)
     options = plain_options(IntegrationRecipe, "integrate", integrator)
-    finished = Kept(folder, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
+    finished = Kept(folder if table is None else None, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
     with reading_quietly():
         runs = run_all(chosen, cells, seeds, finished)
     runs.append(shuffled(runs, ours, seeds[0]))
@@ -193,7 +198,7 @@ def compare_integration(
         model=model_facts(loaded, card),
         card=card_says(card),
         command=command,
-        versions=version_facts(PACKAGES, seeds=", ".join(map(str, seeds))),
+        versions=version_facts(INTEGRATION_PACKAGES, seeds=", ".join(map(str, seeds))),
         definitions=integration.DEFINITIONS,
         skipped=skipped,
     )

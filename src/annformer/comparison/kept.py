@@ -8,6 +8,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -21,7 +22,11 @@ from annformer.tasks._recipe import Recipe
 log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, np.ndarray]
-RESULTS_FOLLOW: Final = ("annformer", "torch", "numpy", "scipy", "scikit-learn", "harmonypy", "scvi-tools", "celltypist")
+COLUMN: Final = "column "
+RESULTS_FOLLOW: Final = (
+    *("torch", "numpy", "scipy", "scikit-learn", "pandas", "anndata", "numba", "scanpy", "scikit-misc"),
+    *("harmonypy", "scvi-tools", "celltypist"),
+)
 """Packages another version of which may give other results."""
 
 
@@ -57,7 +62,7 @@ class Kept:
 
     def __init__(self, folder: str | Path | None, job: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        self._job = {**job, "versions": installed(RESULTS_FOLLOW)}
+        self._job = {**job, "versions": installed(RESULTS_FOLLOW), "annformer": _code()}
 
     def get(self, kind: type[AnyResult], make: Callable[[], tuple[AnyResult, float, float]], **run: Any) -> tuple[AnyResult, float, float]:
         """Return what an earlier run left, or else make it and keep it: result, seconds, memory in MB.
@@ -86,6 +91,16 @@ class Kept:
         return made, seconds, memory
 
 
+@cache
+def _code() -> str:
+    """Hash of this package's code: its version says less."""
+    folder = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.yaml")]):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 NOTHING_KEPT: Final = Kept(None, {})
 
 
@@ -109,16 +124,15 @@ def digest(cells: AnnData, columns: Iterable[Any] = ()) -> str:
     return found.hexdigest()
 
 
-def table_as_text(table: pd.DataFrame | None) -> np.ndarray:
-    """Turn a table into one piece of text; none into the empty one."""
-    return np.array("" if table is None else table.to_csv(index=False))
+def table_as_arrays(table: pd.DataFrame | None) -> Arrays:
+    """Columns of a table of numbers, by name; nothing of none."""
+    return {} if table is None else {f"{COLUMN}{name}": table[name].to_numpy() for name in table}
 
 
-def table_of_text(text: np.ndarray) -> pd.DataFrame | None:
-    """Take what `table_as_text` gave, to the last bit."""
-    import io
-
-    return pd.read_csv(io.StringIO(str(text)), float_precision="round_trip") if str(text) else None
+def table_of_arrays(arrays: Arrays) -> pd.DataFrame | None:
+    """Take what `table_as_arrays` gave."""
+    columns = {name.removeprefix(COLUMN): values for name, values in arrays.items() if name.startswith(COLUMN)}
+    return pd.DataFrame(columns) if columns else None
 
 
 def plain_options(recipes: type[Recipe], default: str, options: Mapping[str, Any]) -> dict[str, Any]:

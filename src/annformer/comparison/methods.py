@@ -17,7 +17,7 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float
 
-from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept, table_as_text, table_of_text
+from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept, table_as_arrays, table_of_arrays
 from annformer.durations import in_words
 from annformer.errors import input_error
 
@@ -38,12 +38,12 @@ class Made:
 
     def arrays(self) -> Arrays:
         """All of it, to be kept."""
-        return {"embedding": self.embedding, "history": table_as_text(self.history), "genes": np.array(self.genes, dtype=str)}
+        return {"embedding": self.embedding, "genes": np.array(self.genes, dtype=str), **table_as_arrays(self.history)}
 
     @classmethod
     def of_arrays(cls, arrays: Arrays) -> Self:
         """Take what `arrays` gave."""
-        return cls(arrays["embedding"], table_of_text(arrays["history"]), tuple(map(str, arrays["genes"])))
+        return cls(arrays["embedding"], table_of_arrays(arrays), tuple(map(str, arrays["genes"])))
 
 
 class Listed(Protocol):
@@ -168,7 +168,7 @@ def _fresh(cells: AnnData) -> AnnData:
 
 
 def _run(method: Method, cells: AnnData, seed: int, kept: Kept) -> Run:
-    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed)), method=method.name, seed=seed)
+    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed)), method=method.name, seed=int(seed))
     assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
     return Run(method, seed, made, seconds, memory)
 

@@ -221,6 +221,7 @@ def _caveats(comparison: Comparison) -> list[str]:
     few = comparison.n_units is None
     return [
         *([_FEW_BATCHES] if few else []),
+        *few_seeds(comparison),
         "No method saw a type: each got counts, names of genes and batches, nothing else. annformer stops training by how well it "
         "reconstructs some of these cells that it does not learn from, never by a score; the other methods learn from all cells.",
         "The types are those that somebody gave these cells, often with the help of one of the methods above. Where they are wrong, so "
@@ -231,11 +232,22 @@ def _caveats(comparison: Comparison) -> list[str]:
     ]
 
 
+def few_seeds(comparison: Comparison) -> list[str]:
+    """What must be said where nobody knows how much is chance."""
+    n = int(comparison.scores.groupby("method", sort=False)["seed"].nunique().max())
+    if n >= FEWEST_SEEDS:
+        return []
+    return [
+        f"Methods with randomness ran with {n} seed{'s' if n > 1 else ''}: how much is chance nobody knows. Give {FEWEST_SEEDS} or more."
+    ]
+
+
 _FEW_BATCHES = (
     "There are too few batches to draw them: the intervals say what other cells of these batches would show, not what other batches would."
 )
 _PARTS = "What they are made of, and more: mean over the seeds."
 _MOST_DOTS = 8
+FEWEST_SEEDS = 3
 _TABLE = (
     "Best overall score first; ± is the standard deviation over the seeds. Seconds and memory are those of one run from counts to "
     "embedding. Memory is by how much this process grew at its peak, looked at every 20 ms; what it had kept from earlier work and used "

@@ -20,7 +20,7 @@ from annformer.evaluate.classification import (
     per_type_scores,
 )
 from annformer.evaluate.clustering import clustering_scores
-from annformer.evaluate.integration import DEFINITIONS, IntegrationParts, integration_parts, integration_scores, per_label_scores, versions
+from annformer.evaluate.integration import DEFINITIONS, IntegrationParts, integration_parts, integration_scores, per_label_scores
 from annformer.evaluate.neighbours import expression_strata, neighbour_scores, partner_ranks
 from annformer.evaluate.verdict import Verdict, draws, verdict
 
@@ -53,5 +53,4 @@ __all__ = [
     "reliability",
     "summarise",
     "verdict",
-    "versions",
 ]

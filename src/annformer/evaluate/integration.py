@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pandas as pd
@@ -121,18 +120,6 @@ def per_label_scores(parts: IntegrationParts) -> pd.DataFrame:
     found = found.join(cells_of[["silhouette", "asw_batch", "connected"]].mean())
     found.insert(0, "label", np.asarray(parts.label_names, dtype=object)[found.index])
     return found.assign(cluster_f1=f1.max(axis=1)).reset_index(drop=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the scores depend on; "-" where one is not installed."""
-    return {name: _version(name) for name in ("scib-metrics", "scikit-learn", "igraph", "umap-learn", "numpy", "scipy")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
 
 
 def _codes(values: Names, what: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.random_cells import MemoryCells
@@ -77,7 +77,8 @@ def read_reference(
     every = MemoryCells(source, vocab, columns).changed(CellBatch.in_counts)
     names = np.asarray(every.categories(label_key), dtype=object)
     labels = names[every.codes(label_key)]
-    rows = np.flatnonzero(~np.isin(labels, NO_TYPE) & (every.lengths > 0))
+    typed = ~np.isin(labels, NO_TYPE)
+    rows = np.flatnonzero(typed & (every.lengths > 0))
     types, codes = np.unique(labels[rows].astype(str), return_inverse=True)
     if len(types) < 2:
         found = f"obs[{label_key!r}] names {f'one type, {str(types[0])!r}' if len(types) else 'no type at all'}"
@@ -91,19 +92,30 @@ def read_reference(
         drawn = _drawn(codes, most_cells, seed)
         rows, codes = rows[drawn], codes[drawn]
     if len(alone := types[np.bincount(codes, minlength=len(types)) == 1]):
-        listed = ", ".join(map(repr, alone[:5]))
-        msg = f"{len(alone)} types have one cell each ({listed}): they are learned, but how well cannot be told"
+        listed = ", ".join(repr(str(name)) for name in alone[:5])
+        one = len(alone) == 1
+        msg = f"{len(alone)} {'type has one cell' if one else 'types have one cell each'} ({listed}): learned, but how well cannot be told"
         warnings.warn(msg, AnnformerWarning, stacklevel=4)
     named, cells = tuple(map(str, types)), every.subset(rows)
     groups = None if batch_key is None else np.asarray(every.categories(batch_key), dtype=object)[cells.codes(batch_key)]
     if groups is not None and len(set(groups)) < 2:
         log.info("obs[%r] has one batch: cells are held back one by one", batch_key)
         groups = None
-    fold = np.empty(len(rows), np.int64)
-    for number, part in enumerate(folds(types[codes], groups, n_folds=n_folds, seed=seed)):
-        fold[part.test] = number
+    fold = _fold_of(types[codes], groups, n_folds, seed)
+    if groups is not None and not learnable(codes, fold).any():
+        msg = f"every type has cells in one group of obs[{batch_key!r}] only: cells are held back one by one, not whole groups"
+        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+        groups, fold = None, _fold_of(types[codes], None, n_folds, seed)
     strata = None if groups is not None else _by_depth(cells.whole, n_folds)
-    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata), len(labels) - len(rows)
+    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata), int((~typed).sum())
+
+
+def _fold_of(labels: Shaped[np.ndarray, "cell"], groups: Shaped[np.ndarray, "cell"] | None, n: int, seed: int) -> Int[np.ndarray, "cell"]:
+    """Number of the fold in which each cell is held back."""
+    fold = np.empty(len(labels), np.int64)
+    for number, part in enumerate(folds(labels, groups, n_folds=n, seed=seed)):
+        fold[part.test] = number
+    return fold
 
 
 def _drawn(codes: Int[np.ndarray, "cell"], n: int, seed: int) -> Int[np.ndarray, "drawn"]:

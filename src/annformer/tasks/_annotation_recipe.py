@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,10 @@ class AnnotationRecipe(Recipe):
     """Counts to which cells are scaled before the logarithm, in units of the median cell: a linear part for each; none: no linear part."""
     strengths: tuple[Positive, ...] = Field(min_length=1)
     """Inverse penalties of the linear parts, ascending; each part takes what suits cells that it has not learned from."""
+    scaled_genes: int = Field(ge=0)
+    """Highly variable genes that one more linear part reads, each scaled to variance 1, all types as frequent as each other; 0: none."""
+    scaled_strengths: tuple[Positive, ...] = Field(min_length=1)
+    """Its inverse penalties, ascending."""
     balance: float = Field(ge=0, le=1)
     """A type of n cells counts as n^(1 - balance) in what is minimised."""
     n_folds: int = Field(ge=2)
@@ -42,16 +46,25 @@ class AnnotationRecipe(Recipe):
     """Value at `<cls>`; None: the one that the model knows."""
     view: bool
     """Let the tuned cell embedding read log-normalised expression beside the tokens."""
+    profile: bool
+    """False: the tuned network goes without the profile of the model that it begins with, if that has one."""
     dropout: float | None = Field(ge=0, lt=1)
+    """None: that of the model."""
+    attention_dropout: float | None = Field(ge=0, lt=1)
     """None: that of the model."""
     n_layers: int = Field(gt=0)
     """Linear layers of the network's head."""
     train: TrainConfig
 
+    def linear_parts(self) -> dict[str, Any]:
+        """What the linear parts need to know."""
+        names = ("depths", "strengths", "balance", "scaled_genes", "scaled_strengths")
+        return {name: getattr(self, name) for name in names}
+
     @model_validator(mode="after")
     def _has_a_part(self) -> Self:
-        if self.tuning == "none" and not self.depths:
-            msg = "tuning none without depths leaves nothing that could tell types apart"
+        if self.tuning == "none" and not (self.depths or self.scaled_genes):
+            msg = "tuning none without depths and scaled_genes leaves nothing that could tell types apart"
             raise ValueError(msg)
         return self
 

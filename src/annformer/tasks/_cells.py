@@ -14,6 +14,7 @@ from annformer.data.anndata import AnnDataSource
 from annformer.data.random_cells import MemoryCells
 from annformer.errors import AnnformerWarning, input_error
 from annformer.genes import GeneMatch
+from annformer.scgpt import ScGPT
 from annformer.tokenizer import panel_expression
 from annformer.vocab import GeneVocab
 
@@ -46,6 +47,11 @@ def expression_over(cells: MemoryCells, panel: Int[np.ndarray, "panel"]) -> sp.c
     blocks = np.array_split(np.arange(cells.n_obs), -(-cells.n_obs // CELLS_AT_ONCE))  # dense inside: a few cells at a time
     parts = [sp.csr_array(np.nan_to_num(panel_expression(cells.rows(rows), panel))) for rows in blocks]
     return sp.csr_array(sp.vstack(parts, format="csr"))
+
+
+def reads_sizes(model: ScGPT) -> bool:
+    """Whether its cell embedding reads expression relative to the sum over all genes of the cell."""
+    return model.encoder.view is not None or model.encoder.profile is not None
 
 
 def n_matched(source: AnnDataSource, vocab: GeneVocab) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from annformer.baselines.expression import highly_variable
 from annformer.data.anndata import AnnDataSource
 from annformer.errors import input_error
 from annformer.evaluate.classification import classification_scores
@@ -25,7 +27,7 @@ from annformer.tasks._annotation_cells import (
     say_if_logarithms,
     select,
 )
-from annformer.tasks._linear_part import Linear, fit_linear
+from annformer.tasks._linear_part import Linear, fit_linear, fit_scaled
 from annformer.tasks._novelty import Features, Novelty, Space, fit_novelty
 from annformer.tasks._stack import Abroad, Stack, fit_stack
 from annformer.tokens import CellBatch
@@ -34,6 +36,8 @@ from annformer.vocab import GeneVocab
 log = logging.getLogger(__name__)
 
 CELLS_AT_ONCE = 1024
+SCALED_TO = 10_000.0
+"""Counts to which cells are scaled before the logarithm of the scaled genes."""
 NETWORK = "network"
 """Name of the part that the network is."""
 
@@ -92,7 +96,15 @@ class Classifier:
 
     @classmethod
     def fit(
-        cls, reference: Reference, network: NetworkPart | None, *, depths: Sequence[float], strengths: Sequence[float], balance: float
+        cls,
+        reference: Reference,
+        network: NetworkPart | None,
+        *,
+        depths: Sequence[float],
+        strengths: Sequence[float],
+        balance: float,
+        scaled_genes: int,
+        scaled_strengths: Sequence[float],
     ) -> Self:
         """Fit the linear parts on the folds of the reference, then weigh all parts by the cells that none of them had learned from.
 
@@ -108,11 +120,17 @@ class Classifier:
         strata = reference.strata if network is not None and network.abroad is not None else None
         abroad_rows = np.zeros(0, np.int64) if strata is None else np.flatnonzero(learnable(codes, strata)[held_back])
         linears, parts, abroad = [], [], []
-        for depth in depths:
-            fitted = fit_linear(
-                selected.at(depth * median), codes, n_types, reference.folds, strengths=strengths, balance=balance, strata=strata
-            )
-            log.debug("log expression at %g counts: strength %g", depth * median, fitted.strength)
+        folds, counts = reference.folds, [depth * median for depth in depths]
+        maps = [
+            fit_linear(selected.at(depth), codes, n_types, folds, strengths=strengths, balance=balance, strata=strata) for depth in counts
+        ]
+        if scaled_genes:
+            varying = np.flatnonzero(highly_variable(sp.csr_matrix(selected.counts), None, scaled_genes).genes)
+            there = selected.at(SCALED_TO)
+            maps.append(fit_scaled(there, varying, codes, n_types, folds, strengths=scaled_strengths, strata=strata))
+            counts.append(SCALED_TO)
+        for depth, fitted in zip(counts, maps, strict=True):
+            log.debug("log expression at %g counts: strength %g", depth, fitted.strength)
             linears.append(fitted.linear)
             parts.append(fitted.out_of_fold[held_back])
             if fitted.out_of_stratum is not None:
@@ -130,8 +148,7 @@ class Classifier:
         novelty = fit_novelty(views, codes, n_types, reference.folds, held_back, 1 - np.exp(logs.max(axis=1)))
         scores = _scores(truth, stack.called(logs), int(sizes.argmax()))
         head = None if network is None else network.head
-        scaled = (*(depth * median for depth in depths), median)
-        return cls(genes, cells.gene_ids, scaled, tuple(linears), head, stack, novelty, alone, scores)
+        return cls(genes, cells.gene_ids, (*counts, median), tuple(linears), head, stack, novelty, alone, scores)
 
     def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
         """Logits of the linear parts, and distance in expression to the nearest type, of all cells; NaN where no gene is expressed."""

@@ -142,9 +142,7 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
                 yield Path(name)
         except RunStopped:  # which says that something is saved
             found = "stopped before the end; nothing of this fine-tuning is kept"
-            remedy = (
-                "begin again; with fit(..., folder=...), as `annformer integrate` does it, the next call goes on where this one stopped"
-            )
+            remedy = "begin again; with fit(..., folder=...), as the commands do it, the next call goes on where this one stopped"
             raise RunStopped(str(input_error(found, "to run to the end", remedy))) from None
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,15 @@ class IntegrationRecipe(Recipe):
     """Value at `<cls>`; None: the one that the model knows."""
     view: bool
     """Let the cell embedding read log-normalised expression beside the tokens."""
+    profile: bool
+    """False: without the profile of the model that it begins with, if that has one."""
+    unit_length: bool
+    """Bring the integrated embedding to length 1."""
     dsbn: bool
     """Normalise tokens by the statistics of their batch."""
     dropout: float | None = Field(ge=0, lt=1)
+    """None: that of the model."""
+    attention_dropout: float | None = Field(ge=0, lt=1)
     """None: that of the model."""
     gep: GEPConfig | None
     """None: the objective is left out, as the next ones with weight 0."""

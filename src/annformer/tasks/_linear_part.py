@@ -14,10 +14,11 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 
 from annformer.tasks._annotation_cells import learnable
+from annformer.tasks._stack import smoothed
 
 FEW = 6_000
 """Up to so many cells or genes, the smaller number of the two, everything is done on as many coordinates, which is exact."""
@@ -27,6 +28,8 @@ MOST_DENSE = 2e8
 """Numbers that may stand in memory beside the sparse ones."""
 JITTER = 1e-5
 MOST_STEPS = 100
+TEMPERATURES = (1.0, 20.0)
+"""Between which factors of logits are sought: against what is too sure there are stronger penalties."""
 
 
 class Linear(NamedTuple):
@@ -49,6 +52,8 @@ class Fitted(NamedTuple):
     out_of_fold: Float[np.ndarray, "cell type"]
     """Logits of every training cell, by a map fitted on the other folds."""
     strength: float
+    factor: float
+    """By which all logits were multiplied: their temperature."""
     out_of_stratum: Float[np.ndarray, "cell type"] | None
     """Likewise, by a map fitted on the cells of the other strata."""
 
@@ -64,6 +69,9 @@ def fit_linear(
     strata: Int[np.ndarray, "cell"] | None = None,
 ) -> Fitted:
     """Fit multinomial logistic regression with a quadratic penalty, whose strength is the one that says most of cells held back.
+
+    What it says is taken at its best temperature, and so are the logits: a strong penalty makes them timid, which is no fault where all
+    types are as frequent in what is minimised. Judged as they are, strong penalties would never be chosen.
 
     Parameters
     ----------
@@ -91,15 +99,54 @@ def fit_linear(
     held_back = cross_fitted(folds, strengths)
     told = np.flatnonzero(learnable(codes, folds))
     told = told if len(told) else np.arange(len(codes))
-    said = [log_softmax(logits[told], axis=1)[np.arange(len(told)), codes[told]].mean() for logits in held_back]
-    best = int(np.argmax(said))
+    tempered = [_tempered(logits[told], codes[told]) for logits in held_back]
+    best = int(np.argmax([said for _, said in tempered]))
+    factor = tempered[best][0]
     plane = x.plane(np.arange(len(codes)))
     *_, theta = _path(plane.z, codes, n_types, strengths[: best + 1], balance)
-    weight = plane.weight(theta[:-1])
+    weight = plane.weight(theta[:-1]) * factor
     mean = np.asarray(features.mean(axis=0), np.float64).reshape(-1)
-    linear = Linear(weight.astype(np.float32), theta[-1] - plane.centre @ weight, mean.astype(np.float32))
-    apart = None if strata is None else cross_fitted(strata, strengths[: best + 1])[best]
-    return Fitted(linear, held_back[best], float(strengths[best]), apart)
+    linear = Linear(weight.astype(np.float32), theta[-1] * factor - plane.centre @ weight, mean.astype(np.float32))
+    apart = None if strata is None else cross_fitted(strata, strengths[: best + 1])[best] * factor
+    return Fitted(linear, held_back[best] * factor, float(strengths[best]), factor, apart)
+
+
+def _tempered(logits: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"]) -> tuple[float, float]:
+    """The factor under which logits say most of the true types, and how much that is."""
+
+    def loss(log_factor: float) -> float:
+        return -smoothed(log_softmax(np.exp(log_factor) * logits, axis=1), codes)
+
+    found = minimize_scalar(loss, bounds=(np.log(TEMPERATURES[0]), np.log(TEMPERATURES[1])), method="bounded")
+    return float(np.exp(found.x)), -float(found.fun)
+
+
+def fit_scaled(
+    features: sp.csr_matrix,
+    columns: Int[np.ndarray, "column"],
+    codes: Int[np.ndarray, "cell"],
+    n_types: int,
+    folds: Int[np.ndarray, "cell"],
+    *,
+    strengths: Sequence[float],
+    strata: Int[np.ndarray, "cell"] | None = None,
+) -> Fitted:
+    """Likewise on some of the features, each scaled to variance 1, with all types as frequent as each other; a map from all features.
+
+    With a strong penalty this is near to the nearest centre of a type. Clusters found in scaled variable genes, which many labels come
+    from, are told apart by it better than by any other part (benchmarks/README.md).
+    """
+    some = sp.csr_matrix(features[:, columns])
+    mean = np.asarray(some.mean(axis=0), np.float64).reshape(-1)
+    squares = np.asarray(some.multiply(some).mean(axis=0), np.float64).reshape(-1)
+    variance = squares - mean**2
+    scale = np.where(variance > 1e-8, 1 / np.sqrt(np.maximum(variance, 1e-8)), 0.0)
+    scaled = sp.csr_matrix(some @ sp.diags(scale), dtype=np.float32)
+    fitted = fit_linear(scaled, codes, n_types, folds, strengths=strengths, balance=1.0, strata=strata)
+    weight = np.zeros((features.shape[1], n_types), np.float32)
+    weight[columns] = fitted.linear.weight * scale[:, None]
+    whole = np.asarray(features.mean(axis=0), np.float32).reshape(-1)
+    return fitted._replace(linear=Linear(weight, fitted.linear.bias, whole))
 
 
 class _Features:

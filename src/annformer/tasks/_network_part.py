@@ -85,7 +85,12 @@ def begun(base: ScGPT, reference: Reference, recipe: AnnotationRecipe, *, pretra
         "n_layers": recipe.n_layers,
         "class_weights": weights.tolist() if recipe.balance else (),
     }
-    network = model.with_(view=len(panel) if recipe.view else 0, dropout=model.dropout if recipe.dropout is None else recipe.dropout)
+    network = model.with_(
+        view=len(panel) if recipe.view else 0,
+        profile=model.profile and recipe.profile,
+        dropout=model.dropout if recipe.dropout is None else recipe.dropout,
+        attention_dropout=model.attention_dropout if recipe.attention_dropout is None else recipe.attention_dropout,
+    )
     tokens = own.with_(
         zeros=recipe.zeros, max_length=recipe.max_length, cls_value=own.cls_value if recipe.cls_value is None else recipe.cls_value
     )

@@ -13,6 +13,9 @@ from annformer.tasks._stack import thinned
 
 N_COMPONENTS = 50
 SHRINKAGE = 1e-3
+TAIL = 20
+MOST_BEYOND = 20.0
+"""Logarithms by which a cell beyond all known ones may seem stranger than they."""
 
 
 NONE = np.zeros(0, np.int64)
@@ -117,9 +120,19 @@ def _distances(
 
 
 def _joined(known: Float[np.ndarray, "known way"], values: Sequence[Float[np.ndarray, "cell"]]) -> Float[np.ndarray, "cell"]:
-    """Sum over the ways of -log of the share of known cells that are as strange; beyond all known cells it is half of one cell."""
-    shares = [1 - _rank(column, one) for column, one in zip(known.T, values, strict=True)]
-    return -np.sum(np.log(np.maximum(shares, 0.5 / len(known))), axis=0)
+    """Sum over the ways of -log of the share of known cells that are as strange."""
+    return np.sum([_surprise(column, one) for column, one in zip(known.T, values, strict=True)], axis=0)
+
+
+def _surprise(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
+    """-log of the share of the known values that are as high; beyond them it grows as the tail of the highest twentieth falls off.
+
+    Without that one way could never tell by itself: no cell would be stranger than half of one in all that are known.
+    """
+    share = np.maximum(1 - _rank(known, values), 0.5 / len(known))
+    tail = known[-max(len(known) // TAIL, 2) :]
+    scale = max(float((tail - tail[0]).mean()), 1e-9)
+    return -np.log(share) + np.clip((values - known[-1]) / scale, 0, MOST_BEYOND)
 
 
 def _rank(known: Float[np.ndarray, "known"], values: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:

@@ -91,16 +91,28 @@ def fit_stack(
 
 def _weights(stacked: Float[np.ndarray, "part cell type"], codes: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "part"]:
     """Non-negative factors under which the true types are most probable."""
-    rows = np.arange(len(codes))
+    n_cells, n_types = stacked.shape[1:]
+    target = np.full((n_cells, n_types), 1 / (n_cells + n_types))
+    target[np.arange(n_cells), codes] += n_cells / (n_cells + n_types)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
-        gap = (np.exp(logs)[None] * stacked).sum(axis=(1, 2)) - stacked[:, rows, codes].sum(axis=1)
-        return -float(logs[rows, codes].mean()), gap / len(codes)
+        gap = ((np.exp(logs) - target)[None] * stacked).sum(axis=(1, 2))
+        return -smoothed(logs, codes), gap / n_cells
 
     n = len(stacked)
     found = minimize(loss, np.full(n, 1 / n), jac=True, method="L-BFGS-B", bounds=[(0, MOST_WEIGHT)] * n)
     return np.asarray(found.x)
+
+
+def smoothed(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"]) -> float:
+    """Mean log-probability of the true types, had one cell more in all been of each type.
+
+    So it is finite where all held-back cells are told apart, as in Platt (1999): they could not show how sure to be.
+    """
+    n_cells, n_types = logs.shape
+    own = logs[np.arange(n_cells), codes].sum() * n_cells / (n_cells + n_types)
+    return float(own + logs.sum() / (n_cells + n_types)) / n_cells
 
 
 def _best_tilt(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"], frequency: Float[np.ndarray, "type"]) -> float:

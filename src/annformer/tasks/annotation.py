@@ -141,13 +141,14 @@ class CellTypeClassifier:
             When a column is missing or has gaps, or there is one type only.
         """
         began = time.monotonic()
-        recipe = self.recipe if isinstance(self.recipe, AnnotationRecipe) else AnnotationRecipe.named(self.recipe)
+        recipe = self._recipe
         base = loaded(self.model)
         self.model_ = untouched(base, pretrained=self.pretrained, seed=self.seed, device=self.device)
+        _require_read(embedding, reads=recipe.tuning == "frozen")
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             reference = self._read(cells.source, base.vocab.all_trained(), recipe)
             network = self._network(base, reference, cells, recipe, folder)
-            self._classifier = Classifier.fit(reference, network, depths=recipe.depths, strengths=recipe.strengths, balance=recipe.balance)
+            self._classifier = Classifier.fit(reference, network, **recipe.linear_parts())
         self.held_back_ = self._classifier.held_back
         made = self.model_.config.provenance if recipe.tuning in ("full", "low-rank") else {}
         self.model_.config = self.model_.config.model_copy(update={"provenance": self._provenance(base, recipe) | made})
@@ -164,7 +165,7 @@ class CellTypeClassifier:
             batch_key=self.batch_key,
             n_folds=recipe.n_folds,
             seed=self.seed,
-            most_cells=recipe.most_cells if recipe.depths else None,
+            most_cells=recipe.most_cells if recipe.depths or recipe.scaled_genes else None,
         )
         require_enough(expressed_genes(reference.cells))
         self.match_ = source.match(vocab)
@@ -202,11 +203,17 @@ class CellTypeClassifier:
         return part
 
     @property
+    def _recipe(self) -> AnnotationRecipe:
+        return self.recipe if isinstance(self.recipe, AnnotationRecipe) else AnnotationRecipe.named(self.recipe)
+
+    @property
     def part_weights_(self) -> dict[str, float]:
-        """Factors of the logits of the parts: `expression at N counts`, `network`."""
+        """Factors of the logits of the parts: `expression at N counts`, `variable genes, scaled`, `network`."""
         self._require_fitted()
         fitted = self._classifier
         names = [f"expression at {depth:,.0f} counts" for depth in fitted.depths[: len(fitted.linears)]]
+        if self._recipe.scaled_genes and names:
+            names[-1] = "variable genes, scaled"
         return dict(zip([*names, "network"], map(float, fitted.stack.weights), strict=False))
 
     def predict(
@@ -388,6 +395,7 @@ class CellTypeClassifier:
         require_genes(self._classifier.genes, source.match(vocab), source.name, "that the reference expresses")
         linear, far = self._classifier.read(source, vocab)
         fitted, network = self._classifier, None
+        _require_read(cells.embedding, reads=fitted.head is not None)
         if len(fitted.stack.weights) > len(linear):
             if self.device is not None:
                 self.model_.to(device_named(self.device))
@@ -429,3 +437,9 @@ class CellTypeClassifier:
         if not hasattr(self, "_classifier"):
             found = "a CellTypeClassifier that was not fitted"
             raise input_error(found, "a fitted one", "call fit(adata) first, or CellTypeClassifier.load(folder)")
+
+
+def _require_read(embedding: str | None, *, reads: bool) -> None:
+    if embedding is not None and not reads:
+        found = f"an embedding, {embedding!r}, for a classifier that reads none: its network is tuned, or left out"
+        raise input_error(found, "a network that is used as it is (tuning: frozen)", "leave embedding (--embedding) out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,12 +21,12 @@ from annformer import checkpoints
 from annformer.config import Config
 from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.data.random_cells import MemoryCells
-from annformer.errors import input_error
+from annformer.errors import AnnformerWarning, input_error
 from annformer.inference import encode_cells
 from annformer.objectives.anchor import Anchor
 from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
 from annformer.tasks._alignment import find_anchors
-from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, require_counts, require_genes
+from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, reads_sizes, require_counts, require_genes
 from annformer.tasks._correction import Correction, fit_correction
 from annformer.tasks._finetune import grown, loaded, made_for, trained
 from annformer.tasks._integration_cells import require_batches, warn_empty
@@ -55,6 +56,8 @@ class Integrated(Config):
     batches: tuple[str, ...]
     n_matched: int
     """Genes of the data that the vocabulary knows: over them the library size of a cell is counted."""
+    unit_length: bool
+    """The integrated embedding is brought to length 1."""
     options: Options
 
 
@@ -117,6 +120,7 @@ class BatchIntegrator:
         self.layer, self.gene_key, self.seed, self.device, self.threads = layer, gene_key, seed, device, threads
         self._known: tuple[str, Float[np.ndarray, "cell width"]] | None = None
         self._correction: Correction | None = None
+        self._unit_length = False
 
     def fit(self, adata: AnnData | str | Path, *, folder: str | Path | None = None) -> Self:
         """Fine-tune on all cells, some held back to stop in time.
@@ -146,6 +150,7 @@ class BatchIntegrator:
         self._n_matched = n_matched(source, vocab)
         panel, self._how_chosen = chosen_genes(cells, codes, recipe.n_genes)
         self.genes_ = tuple(vocab.tokens[i] for i in panel)
+        self._unit_length = recipe.unit_length and not recipe.anchor_weight
         self.model_ = self._begin(base, vocab, recipe)
         data = self._data(cells, recipe)
         if data.n_steps < recipe.least_steps:
@@ -182,7 +187,8 @@ class BatchIntegrator:
     def transform(self, adata: AnnData, *, key_added: str = "X_annformer", copy: bool = False) -> AnnData | None:
         """Write the integrated embedding into `obsm[key_added]` (float32): of the fitted cells, or of new ones.
 
-        Its rows are not brought to length 1, as those of `embed` are: the length tells cells apart too.
+        Its rows are not brought to length 1, as those of `embed` are: the length tells cells apart too. (`unit_length` of the recipe does
+        it where there are no anchors, as scGPT's authors do.)
 
         Raises
         ------
@@ -201,7 +207,7 @@ class BatchIntegrator:
     def corrected(
         self, adata: AnnData, *, batch: str | Literal["mean"] = "mean", key_added: str = "annformer_corrected", copy: bool = False
     ) -> AnnData | None:
-        """Write expression decoded from the cell embedding into `obsm[key_added]`, a DataFrame of cells by `genes_`.
+        """Write expression decoded from the cell embedding into `obsm[key_added]`, a DataFrame of cells by `genes_`, as `adata` names them.
 
         The GEPC head decodes each gene from what the integrated embedding tells of the cell state, with the batch context averaged over
         the batches, or that of one batch for all cells; a line per gene, fitted on the cells of `fit`, turns value bins into
@@ -220,11 +226,15 @@ class BatchIntegrator:
         check_key(key_added)
         check_target(adata, copy=copy)
         weights = self._batch_weights(batch)
+        if "anchor" not in self.model_.objectives:
+            msg = "without anchors the embedding still tells batches apart, and so does what is decoded from it"
+            warnings.warn(msg, AnnformerWarning, stacklevel=2)
         with reading_quietly():
-            states = self._states(self._source(adata))
+            source = self._source(adata)
+            states = self._states(source)
         with torch_threads(self.threads):
             values = self._correction.decode(self.model_, self._placed(states), weights)
-        table = pd.DataFrame(values, index=adata.obs_names, columns=list(self.genes_))
+        table = pd.DataFrame(values, index=adata.obs_names, columns=self._own_names(source))
         target = put(adata, key_added, table, self._record() | {"shown_as": batch}, copy=copy)
         return target if copy else None
 
@@ -248,7 +258,7 @@ class BatchIntegrator:
         settings = Integrated.read(made.get("integrator"), where=f"provenance in config.json of {folder}")
         loaded_one = cls(model, device=device, threads=threads, **settings.options.model_dump())
         loaded_one.model_, loaded_one.genes_, loaded_one.batches_ = model, model.config.panel, settings.batches
-        loaded_one._n_matched = settings.n_matched
+        loaded_one._n_matched, loaded_one._unit_length = settings.n_matched, settings.unit_length
         path = Path(folder) / checkpoints.CORRECTION
         loaded_one._correction = Correction(**load_file(path)) if path.is_file() else None
         return loaded_one
@@ -264,7 +274,9 @@ class BatchIntegrator:
             batch_context=True,
             input_norm="domain" if recipe.dsbn else base.config.model.input_norm,
             view=len(self.genes_) if recipe.view else 0,
+            profile=base.config.model.profile and recipe.profile,
             dropout=base.config.model.dropout if recipe.dropout is None else recipe.dropout,
+            attention_dropout=base.config.model.attention_dropout if recipe.attention_dropout is None else recipe.attention_dropout,
         )
         own = base.tokenizer
         tokens = own.with_(
@@ -273,13 +285,14 @@ class BatchIntegrator:
             cls_value=own.cls_value if recipe.cls_value is None else recipe.cls_value,
         )
         options = Options(batch_key=self.batch_key, layer=self.layer, gene_key=self.gene_key, seed=self.seed)
+        integrated = Integrated(batches=self.batches_, n_matched=self._n_matched, unit_length=self._unit_length, options=options)
         provenance = {
             "name": f"{base.name}, integrated by {self.batch_key}",
             "task": TASK,
             "made_by": f"annformer {annformer.__version__}, fine-tuned from {base.name if self.pretrained else 'random weights'}",
             "recipe": recipe.model_dump(mode="json"),
             "genes_chosen_by": self._how_chosen,
-            "integrator": Integrated(batches=self.batches_, n_matched=self._n_matched, options=options).model_dump(mode="json"),
+            "integrator": integrated.model_dump(mode="json"),
         }
         fields: dict[str, Any] = {
             "model": network.model_dump(),
@@ -327,7 +340,7 @@ class BatchIntegrator:
         source.match(self.model_.vocab)
         assert self.model_.panel is not None, "an integration chooses genes"
         require_genes(self.model_.panel, source.match(self.model_.vocab), source.name, "that the model was fitted on")
-        if (n := n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and self.model_.encoder.view is not None:
+        if (n := n_matched(source, self.model_.vocab)) < 0.9 * self._n_matched and reads_sizes(self.model_):
             found = f"{source.name} has {n:,} genes that the model knows, the fitted cells had {self._n_matched:,}"
             remedy = "give all genes that were measured: a cell's expression is taken relative to their sum"
             raise input_error(found, "nearly as many", remedy)
@@ -336,7 +349,8 @@ class BatchIntegrator:
     def _placed(self, states: Float[np.ndarray, "cell width"]) -> Float[np.ndarray, "cell component"]:
         """The integrated embedding: where the anchor objective would place the cells, or without it their states."""
         if "anchor" not in self.model_.objectives:
-            return states
+            lengths = np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12) if self._unit_length else 1
+            return states / lengths
         anchor = self.model_.objectives["anchor"]
         assert isinstance(anchor, Anchor)
         with torch.inference_mode():
@@ -352,6 +366,12 @@ class BatchIntegrator:
             known = ", ".join(map(repr, self.batches_[:8])) + (", ..." if len(self.batches_) > 8 else "")
             raise input_error(found, f"cells of the fitted batches: {known}", "fit again with the cells of the new batch among the others")
         return np.array([self.batches_.index(name) for name in names], np.int64)[codes]
+
+    def _own_names(self, source: AnnDataSource) -> list[str]:
+        """The genes that are read, as the data name them; by the model's names where the data lack them."""
+        ids = source.match(self.model_.vocab).ids
+        named = {int(gene): str(name) for gene, name in zip(ids[::-1], np.asarray(source.gene_names)[::-1], strict=True) if gene >= 0}
+        return [named.get(self.model_.vocab[gene], gene) for gene in self.genes_]
 
     def _batch_weights(self, batch: str) -> Float[np.ndarray, "batch"]:
         if batch == "mean":
