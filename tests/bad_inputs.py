@@ -334,6 +334,14 @@ STORES = [
 
 
 # annformer compare
+def _small_batch(adata: AnnData) -> None:
+    adata.obs["batch"] = ["b2"] * 3 + ["b0"] * (adata.n_obs - 33) + ["b1"] * 30
+
+
+def _constant(adata: AnnData) -> None:
+    adata.X = csr_matrix((adata.X.toarray()[:, :1] > -1) * np.ones(adata.shape, np.float32) * (np.arange(adata.n_vars) < 30))
+
+
 COMPARED = "compare integrate cells.h5ad --model model --out out"
 
 
@@ -426,20 +434,24 @@ COMPARISONS += [
         f"{COMPARED} --batch_key batch --label_key cell_type --novelty true",
         ("integrate has no --novelty", "compare annotate"),
     ),
+    Row(
+        "a batch with 3 cells to compare",
+        f"{COMPARED} --batch_key batch --label_key cell_type",
+        ("very few cells", "'b2' 3"),
+        lambda kit: kit.cells(_small_batch),
+    ),
+    Row(
+        "no gene that varies to compare",
+        f"{COMPARED} --batch_key batch --label_key cell_type",
+        ("variable gene",),
+        lambda kit: kit.cells(_constant),
+    ),
     Row("a recipe to annotate that does not exist", f"{ANNOTATED} --label_key cell_type --recipe anotate", ("'anotate'", "annotate")),
 ]
 
 # annformer integrate
 
 INTEGRATED = "integrate cells.h5ad --model model --out out"
-
-
-def _small_batch(adata: AnnData) -> None:
-    adata.obs["batch"] = ["b2"] * 3 + ["b0"] * (adata.n_obs - 33) + ["b1"] * 30
-
-
-def _constant(adata: AnnData) -> None:
-    adata.X = csr_matrix((adata.X.toarray()[:, :1] > -1) * np.ones(adata.shape, np.float32) * (np.arange(adata.n_vars) < 30))
 
 
 INTEGRATIONS = [

@@ -109,6 +109,13 @@ def test_a_file_that_is_not_whole_is_made_anew(tmp_path):
     assert again.n == 2
 
 
+def test_seeds_of_numpy_are_seeds(tmp_path):
+    counted = Counted()
+    run_all([Method("ours", "ours", counted.embed)], cells(), np.arange(2), Kept(tmp_path, {}))
+    integrated(counted, Kept(tmp_path, {}))
+    assert counted.n == 2 + 4, "ours with seeds 0 and 1 is there"
+
+
 def test_the_digest_sees_counts_genes_batches_and_types():
     one = cells()
     other_genes, other_batches = cells(), cells()

@@ -258,6 +258,41 @@ def test_the_network_is_tuned(model, reference, query, tuning):
     assert ("encoder.gene.weight" in changed) == (tuning == "full")
 
 
+def test_the_recipe_of_the_authors_has_their_numbers():
+    original = AnnotationRecipe.named("annotate-original").model_dump()
+    theirs = {"n_layers": 3, "dropout": 0.2, "attention_dropout": 0.2, "view": False, "profile": False, "max_length": 3001, "zeros": 0}
+    theirs |= {"tuning": "full", "depths": (), "scaled_genes": 0, "n_folds": 10, "balance": 0}
+    assert {name: original[name] for name in theirs} == theirs
+    train = {"epochs": 10, "learning_rate": 1e-4, "schedule": "epochs", "epoch_decay": 0.9, "mode": "none", "max_length": 3001}
+    assert {name: original["train"][name] for name in train} == train
+    assert original["train"]["tokens_per_step"] == 32 * 3001
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "low-rank"])
+def test_types_that_are_the_batches_are_held_back_cell_by_cell(model, reference, tuning):
+    cells = reference.copy()
+    cells.obs["batch"] = cells.obs["cell_type"].astype(str)
+    with pytest.warns(AnnformerWarning, match="one group of obs"):
+        one = CellTypeClassifier(model, label_key="cell_type", batch_key="batch", recipe=quick(tuning=tuning), threads=1).fit(cells)
+    assert one.held_back_["accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("tuning", ["none", "low-rank"])
+def test_an_embedding_that_would_not_be_read_is_refused(model, reference, query, fitted, tuning):
+    with pytest.raises(InputError, match="reads none"):
+        CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning=tuning)).fit(reference, embedding="X_annformer")
+    if tuning == "none":
+        without = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(reference)
+        with pytest.raises(InputError, match="reads none"):
+            without.predict(query, embedding="X_annformer")
+
+
+def test_cells_that_were_not_drawn_are_not_called_untyped(model, reference, caplog):
+    with caplog.at_level("INFO", "annformer"):
+        CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none", most_cells=100)).fit(reference)
+    assert "without a type" not in caplog.text and "100 of 400 cells are learned from" in caplog.text
+
+
 def test_as_the_authors_do_it_the_network_is_all_there_is(model, reference, query, tmp_path):
     recipe = AnnotationRecipe.named("annotate-original")
     recipe = recipe.with_(train=recipe.train.model_dump() | {"epochs": 1, "validations": 1})

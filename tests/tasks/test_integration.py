@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 import annformer as af
-from annformer.errors import InputError
+from annformer.errors import AnnformerWarning, InputError
+from annformer.model.config import ModelConfig
+from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks.integration import BatchIntegrator
 
@@ -30,6 +32,7 @@ QUICK = {
         "hold_out": {"share": 0.1},
     },
 }
+SIZES = {"width": 32, "n_heads": 4, "n_layers": 2, "ff_width": 32}
 RECIPE = IntegrationRecipe.read(QUICK, where="test")
 
 
@@ -52,12 +55,9 @@ def cells(tiny_adata):
 def model(tiny_vocab):
     import torch
 
-    from annformer.model.config import ModelConfig
-    from annformer.scgpt import ModelFolderConfig, ScGPT
-
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = ModelConfig(vocab_size=len(tiny_vocab), width=32, n_heads=4, n_layers=2, ff_width=32)
+        network = ModelConfig(vocab_size=len(tiny_vocab), **SIZES)
         return ScGPT(ModelFolderConfig(model=network), tiny_vocab).eval()
 
 
@@ -147,6 +147,18 @@ def test_cells_cut_to_the_chosen_genes_are_refused(fitted, cells):
         fitted.transform(cells[:, list(fitted.genes_)].copy())
 
 
+def test_cells_cut_to_the_chosen_genes_are_refused_where_a_profile_reads_them(tiny_vocab, cells):
+    with_profile = ScGPT(ModelFolderConfig(model=ModelConfig(vocab_size=len(tiny_vocab), **SIZES, profile=True)), tiny_vocab).eval()
+    recipe = RECIPE.with_(view=False, least_steps=0, train=RECIPE.train.with_(epochs=0.2, validations=1).model_dump())
+    fitted = BatchIntegrator(with_profile, batch_key="batch", recipe=recipe, threads=1).fit(cells)
+    assert fitted.model_.encoder.profile is not None
+    with pytest.raises(InputError, match="relative to their sum"):
+        fitted.transform(cells[:, list(fitted.genes_)].copy())
+    recipe = recipe.with_(profile=False)
+    without = BatchIntegrator(with_profile, batch_key="batch", recipe=recipe, threads=1).fit(cells)
+    assert without.model_.encoder.profile is None
+
+
 def test_a_fine_tuned_model_is_no_beginning(fitted, cells):
     with pytest.raises(InputError, match="fine-tuned already"):
         BatchIntegrator(fitted.model_, batch_key="batch").fit(cells)
@@ -178,6 +190,15 @@ def test_a_model_of_another_kind_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="pretrained one"):
         BatchIntegrator.load(tmp_path / "model")
+
+
+def test_corrected_genes_are_named_as_in_the_data(fitted, cells):
+    renamed = cells[:10].copy()
+    renamed.var_names = [str(name).lower() for name in renamed.var_names]
+    table = fitted.corrected(renamed, copy=True).obsm["annformer_corrected"]
+    assert set(table.columns) <= set(renamed.var_names) and [str(name).upper() for name in table.columns] == [
+        g.upper() for g in fitted.genes_
+    ]
 
 
 def test_corrected_expression_has_the_types_and_not_the_batches(fitted, cells):
@@ -278,12 +299,57 @@ def test_recipes_that_ship_are_read(name):
     assert recipe.objectives(3)["dar"]["n_batches"] == 3
 
 
-def test_the_recipe_of_the_original_trains_dsbn_without_anchors(model, cells):
+def test_the_recipe_of_the_original_has_its_numbers():
+    """Of examples/finetune_integration.py and the tutorial."""
+    original = IntegrationRecipe.named("integrate-original").model_dump()
+    theirs = {
+        "n_genes": 1200,
+        "zeros": "all",
+        "max_length": 1201,
+        "dropout": 0.2,
+        "attention_dropout": 0.2,
+        "dsbn": True,
+        "ecs_weight": 10,
+        "ecs_threshold": 0.8,
+        "dar_weight": 1,
+        "anchor_weight": 0,
+        "view": False,
+        "profile": False,
+        "unit_length": True,
+        "least_steps": 0,
+    }
+    assert {name: original[name] for name in theirs} == theirs
+    for objective in ("gep", "gepc"):
+        assert (original[objective]["weight"], original[objective]["zero_probability"]) == (1, True)
+    train = {
+        "epochs": 15,
+        "learning_rate": 1e-4,
+        "schedule": "epochs",
+        "epoch_decay": 0.9,
+        "warmup_share": 0,
+        "weight_decay": 0,
+        "asked_shares": (0.4,),
+        "mode": "hide",
+        "max_length": 1201,
+        "tokens_per_step": 64 * 1201,
+        "tokens_per_forward": 64 * 1201,
+    }
+    assert {name: original["train"][name] for name in train} == train
+    assert original["train"]["hold_out"]["share"] == 0.1
+
+
+def test_the_recipe_of_the_original_trains_dsbn_without_anchors(model, cells, tmp_path):
     original = IntegrationRecipe.named("integrate-original")
-    assert original.train.max_length == original.max_length == original.n_genes + 1, "every gene of a cell is a token of each step"
     train = original.train.with_(epochs=0.3, tokens_per_step=20_000, tokens_per_forward=20_000, validations=1)
     integrator = BatchIntegrator(model, batch_key="batch", recipe=original.with_(train=train.model_dump(), n_genes=100), threads=1)
     embedded = integrator.fit(cells).transform(cells, copy=True)
     assert embedded.obsm["X_annformer"].shape == (240, 32)
     assert integrator.model_.config.model.input_norm == "domain"
     assert "anchor" not in integrator.model_.objectives and integrator.model_.encoder.view is None
+    assert integrator.model_.config.model.attention_dropout == 0.2
+    np.testing.assert_allclose(np.linalg.norm(embedded.obsm["X_annformer"], axis=1), 1, atol=1e-5)
+    with pytest.warns(AnnformerWarning, match="still tells batches apart"):
+        integrator.corrected(cells, copy=True)
+    integrator.save(tmp_path / "model")
+    again = BatchIntegrator.load(tmp_path / "model").transform(cells[:20].copy(), copy=True)
+    np.testing.assert_allclose(np.linalg.norm(again.obsm["X_annformer"], axis=1), 1, atol=1e-5)

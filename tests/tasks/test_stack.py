@@ -116,3 +116,17 @@ def test_a_type_that_only_the_network_tells_apart_is_novel():
     distances = [space.distance(cells) for space, cells in zip(both.spaces, there, strict=True)]
     assert abs(np.median(without.of(distances[:1], doubt)) - 0.5) < 0.2
     assert np.median(both.of(distances, doubt)) > 0.8
+
+
+def test_one_way_alone_makes_a_cell_unassigned():
+    rng = np.random.default_rng(0)
+    centres, states = rng.normal(size=(3, 40)) * 4, rng.normal(size=(3, 16)) * 6
+    codes, rows = rng.integers(3, size=600), np.arange(600)
+    views = [told_apart(centres, codes, rng), told_apart(states, codes, rng).toarray()]
+    found = fit_novelty(views, codes, 3, rows % 5, rows, rng.random(600) * 0.5)
+    typical = [np.full(1, np.median(column)) for column in found.known.T]
+    assert found.of(typical[:2], typical[2])[0] < 0.6
+    for way in range(2):
+        far = [*typical]
+        far[way] = far[way] * 5
+        assert found.of(far[:2], far[2])[0] > 0.99
