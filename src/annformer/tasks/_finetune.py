@@ -30,7 +30,7 @@ from annformer.vocab import GeneVocab
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
-FEW_STEPS = 100
+FEW_STEPS, FEW_TOKENS = 100, 1_000_000
 """Up to here a run is as short as the measurement of its steps."""
 FORWARD_SHARE = 1 / 3
 """Of the work of a training step, what comes before the gradients."""
@@ -110,7 +110,7 @@ def trained(
     place = _device(device)
     machine = Machine(accelerator="cuda" if place.type == "cuda" else "cpu", devices=1)
     with _run_folder(folder, job) as path, torch_threads(threads):
-        if data.n_steps > FEW_STEPS:
+        if data.n_steps > FEW_STEPS or data.plan.tokens_until(data.n_steps) > FEW_TOKENS:
             log.info("%s", expected(model, data, place))
         return fit(TrainingPlan(model, data.config, data.n_steps), data, path, machine)
 
