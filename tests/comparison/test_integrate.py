@@ -7,7 +7,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from annformer.comparison import integrate
-from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of, not_coloured
 from annformer.comparison.methods import Made, Method
 from annformer.comparison.page import _how_judged
 from annformer.comparison.verdicts import verdict_table
@@ -268,6 +268,8 @@ def test_of_very_many_cells_some_of_every_type_and_batch_are_scored(cells, tiny_
 def test_columns_that_can_colour_a_map(cells):
     cells.obs["one"], cells.obs["name"], cells.obs["flag"] = "same", [f"c{n}" for n in range(N_CELLS)], np.arange(N_CELLS) % 2 == 0
     assert list(colours_of(cells.obs, "cell_type", "batch")) == ["batch", "cell_type", "depth", "flag"]
+    assert not_coloured(cells.obs, "cell_type", "batch")["not among the colours"].startswith("one, name (one value, more than 56")
+    assert not_coloured(cells.obs.drop(columns=["one", "name"]), "cell_type", "batch") == {}
 
 
 def test_numbered_batches_and_types_are_names(cells):

@@ -14,7 +14,7 @@ from anndata import AnnData
 from jaxtyping import Float
 
 from annformer.baselines.integration import INTEGRATION
-from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of, scored_cells
+from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of, not_coloured, scored_cells
 from annformer.comparison.facts import INTEGRATION_PACKAGES, model_facts, version_facts
 from annformer.comparison.methods import threads_kept
 from annformer.data.anndata import AnnDataSource
@@ -58,7 +58,7 @@ class Shown:
         label = label_key if label_key is not None else integrator.batch_key
         sizes = zip(*np.unique(batches, return_counts=True), strict=True)
         made = integrator.model_.config.provenance
-        facts = {
+        facts: dict[str, object] = {
             "cells": name,
             "size": f"{adata.n_obs:,} cells, {source.n_vars:,} genes",
             "matrix used": f"{source.counts.where}: {source.counts.kind}",
@@ -66,6 +66,7 @@ class Shown:
             "genes read": f"{len(integrator.genes_):,} that vary within the batches ({made['genes_chosen_by']})",
             "time": f"{integrator.seconds_:,.0f} s",
         } | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < known.sum() else {})
+        facts |= not_coloured(adata.obs, label, integrator.batch_key)
         return cls(
             integrator, name, command, facts, embeddings, maps, colours_of(adata.obs, label, integrator.batch_key).iloc[rows], scores
         )

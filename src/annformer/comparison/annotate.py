@@ -27,7 +27,7 @@ from annformer.comparison.annotation_cells import (
 from annformer.comparison.annotation_methods import EXPRESSION, MAPPING, NETWORK, OURS, SCRATCH, methods
 from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.calls import Called, Caller, CallRun, Split, run_folds, shuffled, with_parts
-from annformer.comparison.cells import colours_of, data_card, drawn_cells
+from annformer.comparison.cells import colours_of, data_card, drawn_cells, not_coloured
 from annformer.comparison.embedded import EMBEDDING, embed_once
 from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
@@ -136,7 +136,8 @@ def compare_annotation(
     card = "" if isinstance(model, ScGPT) else card_text(model)
     n_types = len(set(task.truth))
     facts = Facts(
-        cells=data_card(task.source, name, kept=task.kept, label_key=label_key, batch_key=batch_key, n_labels=n_types, lacking="a type"),
+        cells=data_card(task.source, name, kept=task.kept, label_key=label_key, batch_key=batch_key, n_labels=n_types, lacking="a type")
+        | not_coloured(adata.obs, label_key, batch_key),
         cells_by=counted(task),
         genes=genes,
         model=model_facts(loaded, card),

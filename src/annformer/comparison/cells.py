@@ -27,7 +27,7 @@ FEWEST_DRAWN = 20
 """Cells of a type that are drawn even when it is rare."""
 MOST_LEVELS = 56
 """Categories that a column may have to colour the maps."""
-MOST_COLUMNS = 12
+MOST_COLUMNS = 40
 NOTHING = UNLABELLED[0]
 
 
@@ -194,6 +194,13 @@ def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> pd.D
     others = [name for name in obs if name not in named and _can_colour(obs[name])]
     columns = obs[list(dict.fromkeys([*named, *others]))[:MOST_COLUMNS]]
     return columns.assign(**{name: _as_text(obs[name]) for name in named})  # numbered batches are names, not amounts
+
+
+def not_coloured(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> dict[str, object]:
+    """Say which columns the maps cannot be coloured by; nothing where there are none."""
+    names = [str(name) for name in obs if name not in set(colours_of(obs, label_key, batch_key))]
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return {"not among the colours": f"{listed} (one value, more than {MOST_LEVELS}, or more than {MOST_COLUMNS} columns)"} if names else {}
 
 
 def _can_colour(column: pd.Series) -> bool:

@@ -21,6 +21,7 @@ from annformer.comparison.cells import (
     data_card,
     drawn_cells,
     labels_of,
+    not_coloured,
     require_cells,
     require_shared_types,
     scored_cells,
@@ -192,7 +193,8 @@ def compare_integration(
     card = "" if isinstance(model, ScGPT) else card_text(model)
     facts = Facts(
         cells=data_card(source, name, kept=kept, label_key=label_key, batch_key=batch_key, n_labels=n_labels)
-        | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < kept.sum() else {}),
+        | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < kept.sum() else {})
+        | not_coloured(adata.obs, label_key, batch_key),
         cells_by=pd.crosstab(pd.Series(labels, name=label_key), pd.Series(batches, name=batch_key)),
         genes=next((run.made.genes for run in runs if run.made.genes), genes),
         model=model_facts(loaded, card),
