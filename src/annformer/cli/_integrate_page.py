@@ -65,7 +65,9 @@ class Shown:
             "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
             "genes read": f"{len(integrator.genes_):,} that vary within the batches ({made['genes_chosen_by']})",
             "time": f"{integrator.seconds_:,.0f} s",
-        } | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < known.sum() else {})
+        }
+        if scored.sum() < known.sum():
+            facts["scored"] = f"{scored.sum():,} cells, drawn at random"
         facts |= not_coloured(adata.obs, label, integrator.batch_key)
         return cls(
             integrator, name, command, facts, embeddings, maps, colours_of(adata.obs, label, integrator.batch_key).iloc[rows], scores

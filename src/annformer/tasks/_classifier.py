@@ -108,8 +108,8 @@ class Classifier:
     ) -> Self:
         """Fit the linear parts on the folds of the reference, then weigh all parts by the cells that none of them had learned from.
 
-        Where no batches are known, what the parts are worth beside each other is told by cells of another depth than those learned from:
-        among cells alike the network may seem worth much that other cells, which is what a query is, do not bear out.
+        Where no batches are known, what the parts are worth beside each other is told by cells of another depth than those learned from
+        as well: among cells alike the network may seem worth much that other cells, which is what a query is, do not bear out.
         """
         cells, codes, n_types = reference.cells.whole, reference.codes, len(reference.types)
         genes = expressed_genes(reference.cells)

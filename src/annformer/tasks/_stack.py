@@ -74,14 +74,15 @@ def fit_stack(
     sizes
         Training cells of every type.
     abroad
-        Says what each part is worth beside the others; `parts` then only how sure all of them may be.
+        Says, together with `parts`, what each part is worth beside the others; `parts` alone then how sure all of them may be.
     """
-    weights = np.zeros(len(parts)) if abroad is None else _weights(np.stack(abroad.logits), codes[abroad.rows])
-    if weights.any():
-        joined = sum(weight * logits for weight, logits in zip(weights, parts, strict=True))
-        weights = weights * _weights(np.stack([joined]), codes)
-    else:  # nobody knows, or nothing holds there
-        weights = _weights(np.stack(parts), codes)
+    stacked = np.stack(parts)
+    weights = _weights(stacked, codes)
+    if abroad is not None:
+        both = np.concatenate([stacked, np.stack(abroad.logits)], axis=1)
+        together = _weights(both, np.concatenate([codes, codes[abroad.rows]]))
+        if together.any():  # else nothing holds there
+            weights = together * _weights(np.tensordot(together, stacked, 1)[None], codes)
     logs = Stack(weights, np.zeros(len(sizes)), np.zeros(0)).log_probabilities(parts)
     rows = np.arange(len(codes))
     frequency = np.log(np.maximum(sizes, 1) / sizes.sum())
