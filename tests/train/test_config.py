@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 
 from annformer.errors import InputError
-from annformer.train.config import Machine, PretrainConfig
+from annformer.train.config import Machine, PretrainConfig, TrainConfig
 
 RECIPES = sorted((path for path in (files("annformer") / "recipes").iterdir() if path.name.startswith("pretrain-")), key=lambda p: p.name)
 
@@ -56,3 +56,9 @@ def test_devices_are_one_at_least_or_all_there_are(devices):
     with pytest.raises(InputError, match="devices"):
         Machine.read({"devices": devices}, where="the command")
     assert Machine.read({"devices": 2}, where="the command").devices == 2
+
+
+def test_precision_may_be_the_number_that_yaml_reads():
+    assert TrainConfig(precision=32).precision == TrainConfig(precision="32").precision == "32"
+    with pytest.raises(ValueError, match="precision"):
+        TrainConfig(precision=16)

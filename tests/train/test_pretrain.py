@@ -221,3 +221,11 @@ def test_a_refused_start_leaves_nothing(planted, vocab, tmp_path):
     with pytest.raises(InputError, match=r"train\.tokens_per_step"):
         pretrain(planted, vocab, recipe(tokens_per_step=10), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("objective", [{"kind": "cls", "n_classes": 3}, {"kind": "dar", "n_batches": 2}])
+def test_objectives_that_learn_from_labels_are_refused(planted, vocab, objective):
+    config = recipe()
+    config = config.with_(objectives={"gep": {"kind": "gep"}, "mine": objective})
+    with pytest.raises(InputError, match=r"objectives\.mine, which learn from labels"):
+        prepare_data(planted, vocab, config)

@@ -93,8 +93,8 @@ def fit_stack(
 def _weights(stacked: Float[np.ndarray, "part cell type"], codes: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "part"]:
     """Non-negative factors under which the true types are most probable."""
     n_cells, n_types = stacked.shape[1:]
-    target = np.full((n_cells, n_types), 1 / (n_cells + n_types))
-    target[np.arange(n_cells), codes] += n_cells / (n_cells + n_types)
+    target = np.full((n_cells, n_types), 1 / (n_types * (n_cells + 1)))
+    target[np.arange(n_cells), codes] += n_cells / (n_cells + 1)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(np.tensordot(weights, stacked, 1), axis=1)
@@ -107,13 +107,14 @@ def _weights(stacked: Float[np.ndarray, "part cell type"], codes: Int[np.ndarray
 
 
 def smoothed(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"]) -> float:
-    """Mean log-probability of the true types, had one cell more in all been of each type.
+    """Mean log-probability of the true types, had one cell more, in equal parts, been of all types.
 
-    So it is finite where all held-back cells are told apart, as in Platt (1999): they could not show how sure to be.
+    So there is a best temperature also where all held-back cells are told apart and could not show how sure to be: the thought is Platt's
+    (1999), whose one cell of each type would make small references of many types timid.
     """
     n_cells, n_types = logs.shape
-    own = logs[np.arange(n_cells), codes].sum() * n_cells / (n_cells + n_types)
-    return float(own + logs.sum() / (n_cells + n_types)) / n_cells
+    own = logs[np.arange(n_cells), codes].sum() * n_cells / (n_cells + 1)
+    return float(own + logs.sum() / (n_types * (n_cells + 1))) / n_cells
 
 
 def _best_tilt(logs: Float[np.ndarray, "cell type"], codes: Int[np.ndarray, "cell"], frequency: Float[np.ndarray, "type"]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from annformer.config import Config
 from annformer.errors import input_error
@@ -16,7 +16,8 @@ from annformer.objectives.gepc import GEPCConfig
 from annformer.tokenizer import TokenizerSettings
 from annformer.vocab import GeneVocab
 
-Precision = Literal["32", "bf16", "fp16"]
+Precision = Annotated[Literal["32", "bf16", "fp16"], BeforeValidator(lambda value: "32" if value == 32 else value)]
+"""YAML reads 32 as a number."""
 
 
 class HoldOut(Config):

@@ -20,6 +20,7 @@ import annformer
 from annformer.baselines import gene_means
 from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
+from annformer.errors import input_error
 from annformer.inference import evaluating
 from annformer.model.ranks import n_ranks
 from annformer.objectives.gep import GEP
@@ -168,6 +169,10 @@ def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -
 
 
 def _data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
+    if labelled := [name for name, one in config.objectives.items() if one.kind in ("cls", "dar")]:
+        found = f"the recipe has {' and '.join(f'objectives.{name}' for name in labelled)}, which learn from labels"
+        expected = "objectives that need none: gep, gepc, ecs, cce"
+        raise input_error(found, expected, "leave them out here; `annformer annotate` and `annformer integrate` train with them")
     return CellDataModule(source, vocab, config.tokenizer, config.train, profile=config.network(vocab).profile)
 
 
