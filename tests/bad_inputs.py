@@ -329,6 +329,10 @@ STORES = [
         ("input_norm is 'batch' and 2 processes", "one process"),
         _store,
     ),
+    Row("no node to pretrain on", "pretrain store --plan --nodes 0", ("nodes", "greater than or equal to 1"), _store),
+    Row("a price below nothing", "pretrain store --plan --price_per_hour -2", ("--price_per_hour -2", "0 or more"), _store),
+    Row("a seed below nothing", "prepare cells.h5ad --out store --seed -1", ("seed is -1", "from 0 on")),
+    Row("a label column that nothing has", "prepare cells.h5ad --out store --columns cel_type", ("'cel_type'", "cell_type")),
     Row("a store that is no JSON", "pretrain model --out run", ("manifest.json is not JSON",), _no_manifest),
 ]
 

@@ -77,7 +77,11 @@ def command(
     if not is_first_rank():
         logging.getLogger("annformer").setLevel(logging.WARNING)
     source = StoreSource(store)
-    machine = Machine(accelerator=accelerator, devices=devices, nodes=nodes, strategy=strategy, loggers=tuple(logger or ("csv",)))
+    given = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy, "loggers": tuple(logger or ("csv",))}
+    machine = Machine.read(given, where="the options")
+    if price_per_hour is not None and price_per_hour < 0:
+        found = f"--price_per_hour {price_per_hour:g}"
+        raise input_error(found, "0 or more", "give what an hour of all devices costs")
     if plan:
         from annformer.train.estimate import estimate
 

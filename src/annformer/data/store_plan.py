@@ -12,12 +12,16 @@ from annformer.data.cell_keys import HeldOut
 from annformer.data.find_studies import find_studies, study_names
 from annformer.data.store import OWN_COLUMNS
 from annformer.data.studies import Study
+from annformer.data.tables import unknown_name
 from annformer.errors import InputError, input_error
 from annformer.genes import table_vocab
 from annformer.vocab import GeneVocab
 
 MAX_SHARDS: Final = 256
 """Shards are larger rather than more: every process that reads a store keeps each of them open."""
+
+USUAL: Final = ("study", "tissue", "assay", "cell_type", "batch")
+"""Label columns of a store unless others are named; cells without them are of unknown ones."""
 
 
 class Plan(NamedTuple):
@@ -65,17 +69,23 @@ def make_plan(
     allow_normalised: bool,
 ) -> Plan:
     """Look at all data sets; the parameters are those of `write_store`."""
-    _check_options(columns, memory_gb)
+    _check_options(columns, memory_gb, seed)
     studies, held = (dict(zip(study_names(found), found, strict=True)) for found in map(find_studies, (sources, exclude)))
     known, n_cells, n_values, genes = vocab or table_vocab(), [], 0, set()
+    labels: set[str] = set()
     for study in studies.values():
         cells = study.open()
         if cells.counts.kind != "counts" and not allow_normalised:
             raise no_counts(study, f"{cells.counts.where} is {cells.counts.kind}: {cells.counts.note}")
         genes.update(cells.match(known).ids.tolist())
+        labels.update(map(str, cells.obs.columns), study.labels)
         n_cells.append(cells.n_obs)
         n_values += cells.n_values
         cells.close()
+    for name in columns:
+        if name not in labels and name not in USUAL:
+            found = f"no input has a label column {name!r}"
+            raise unknown_name(found, name, sorted(labels), "columns of obs, or of the table of studies", "columns")
     if vocab is None:
         vocab = GeneVocab(sorted(known.tokens[i] for i in genes - {-1})).with_specials()
     HeldOut(held, vocab).close()  # opened now, so that a file that cannot be used is met before the work
@@ -89,7 +99,10 @@ def make_plan(
     )  # fmt: skip
 
 
-def _check_options(columns: Sequence[str], memory_gb: float) -> None:
+def _check_options(columns: Sequence[str], memory_gb: float, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        found = f"seed is {seed}"
+        raise input_error(found, "a whole number from 0 on", "choose another seed (--seed)")
     reserved = [name for name in columns if name in OWN_COLUMNS]
     if reserved:
         found = f"a label column is called {reserved[0]!r}"
