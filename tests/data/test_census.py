@@ -18,7 +18,8 @@ from annformer.data import store_writer as writer
 from annformer.data.census import SomaStudy
 from annformer.data.find_studies import find_studies
 from annformer.data.store import MANIFEST, StoreSource
-from annformer.data.store_writer import LABELS, write_store
+from annformer.data.store_plan import LABELS
+from annformer.data.store_writer import write_store
 from annformer.data.studies import LabelCodes, Study
 from annformer.errors import InputError
 from soma_experiments import replace_obs, write_experiment, write_in_collection

@@ -196,9 +196,8 @@ def test_corrected_genes_are_named_as_in_the_data(fitted, cells):
     renamed = cells[:10].copy()
     renamed.var_names = [str(name).lower() for name in renamed.var_names]
     table = fitted.corrected(renamed, copy=True).obsm["annformer_corrected"]
-    assert set(table.columns) <= set(renamed.var_names) and [str(name).upper() for name in table.columns] == [
-        g.upper() for g in fitted.genes_
-    ]
+    assert set(table.columns) <= set(renamed.var_names)
+    assert [str(name).upper() for name in table.columns] == [gene.upper() for gene in fitted.genes_]
 
 
 def test_corrected_expression_has_the_types_and_not_the_batches(fitted, cells):

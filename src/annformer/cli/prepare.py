@@ -64,7 +64,8 @@ def command(
         Replace OUT if it is a store.
     """
     from annformer.data.find_studies import find_studies
-    from annformer.data.store_writer import LABELS, write_store
+    from annformer.data.store_plan import LABELS
+    from annformer.data.store_writer import write_store
     from annformer.vocab import GeneVocab
 
     with _bar() as progress:

@@ -49,8 +49,8 @@ AnyResult = TypeVar("AnyResult", bound=Result)
 class Kept:
     """A folder of results, found again by what they depend on.
 
-    A run that gave another result because something else was asked (other cells, model, recipe, seed, version) stands under another name,
-    and is not found; a file that is not whole counts as none.
+    A run of which something else was asked (other cells, model, recipe, seed), or that other code or packages made, stands under another
+    name, and is not found; a file that is not whole counts as none.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Kept:
 
     def __init__(self, folder: str | Path | None, job: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        self._job = {**job, "versions": installed(RESULTS_FOLLOW), "annformer": _code()}
+        self.job = dict(job)
 
     def get(self, kind: type[AnyResult], make: Callable[[], tuple[AnyResult, float, float]], **run: Any) -> tuple[AnyResult, float, float]:
         """Return what an earlier run left, or else make it and keep it: result, seconds, memory in MB.
@@ -74,7 +74,8 @@ class Kept:
         """
         if self.folder is None:
             return make()
-        text = json.dumps({**self._job, **run}, sort_keys=True)
+        asked = {**self.job, "versions": installed(RESULTS_FOLLOW), "annformer": _code(), **run}
+        text = json.dumps(asked, sort_keys=True)
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
         if (found := _read(path)) is not None:
             log.info("kept from an earlier start")

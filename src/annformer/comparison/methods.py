@@ -66,7 +66,7 @@ class Listed(Protocol):
 
 
 AnyMethod = TypeVar("AnyMethod", bound=Listed)
-AnyResult = TypeVar("AnyResult")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _run(method: Method, cells: AnnData, seed: int, kept: Kept) -> Run:
     return Run(method, seed, made, seconds, memory)
 
 
-def watched(work: Callable[[], AnyResult]) -> tuple[AnyResult, float, float]:
+def watched(work: Callable[[], Found]) -> tuple[Found, float, float]:
     """Do the work; return its result, its seconds, and the growth of memory in MB."""
     with threads_kept(), MemoryWatch() as memory:
         began = time.perf_counter()

@@ -20,7 +20,7 @@ from annformer.vocab import GeneVocab
 MAX_SHARDS: Final = 256
 """Shards are larger rather than more: every process that reads a store keeps each of them open."""
 
-USUAL: Final = ("study", "tissue", "assay", "cell_type", "batch")
+LABELS: Final = ("study", "tissue", "assay", "cell_type", "batch")
 """Label columns of a store unless others are named; cells without them are of unknown ones."""
 
 
@@ -83,7 +83,7 @@ def make_plan(
         n_values += cells.n_values
         cells.close()
     for name in columns:
-        if name not in labels and name not in USUAL:
+        if name not in labels and name not in LABELS:
             found = f"no input has a label column {name!r}"
             raise unknown_name(found, name, sorted(labels), "columns of obs, or of the table of studies", "columns")
     if vocab is None:

@@ -24,7 +24,7 @@ from annformer.data.store import FORMAT
 from annformer.data.store_buckets import Buckets, Cells, facts_type
 from annformer.data.store_manifest import HeldOutRecord, Shard, SourceRecord, StoreManifest
 from annformer.data.store_partial import PartialStore, State
-from annformer.data.store_plan import USUAL, Plan, make_plan, no_counts
+from annformer.data.store_plan import LABELS, Plan, make_plan, no_counts
 from annformer.data.store_shards import ShardWriter
 from annformer.data.studies import UNKNOWN, LabelCodes, Study, StudyCells
 from annformer.durations import in_words
@@ -34,7 +34,6 @@ from annformer.vocab import GeneVocab
 
 logger = logging.getLogger(__name__)
 
-LABELS: Final = USUAL
 CELLS_PER_READ: Final = 1024
 SHARD_BYTES: Final = 2**30
 SAY_TIME_AFTER: Final = 3.0

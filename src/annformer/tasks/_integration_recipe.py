@@ -44,7 +44,7 @@ class IntegrationRecipe(Recipe):
     profile: bool
     """False: without the profile of the model that it begins with, if that has one."""
     unit_length: bool
-    """Bring the integrated embedding to length 1."""
+    """Bring the integrated embedding to length 1; without anchors only: where these place a cell, its length tells too."""
     dsbn: bool
     """Normalise tokens by the statistics of their batch."""
     dropout: float | None = Field(ge=0, lt=1)

@@ -46,7 +46,7 @@ class Novelty(NamedTuple):
 
     Distance in expression alone misses cells that differ in few genes of many; the network's states alone miss others. What is rare by any
     of them counts: their tail probabilities are joined as Fisher (1932) did. On three development sets, each type left out in turn, this
-    was better than any way alone, than any two, and than the sum or the greatest of the ranks (docs/guides/annotate.md).
+    was better than any way alone, than any two, and than the sum or the greatest of the ranks (benchmarks/README.md).
     """
 
     spaces: tuple[Space, ...]
