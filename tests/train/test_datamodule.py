@@ -214,9 +214,9 @@ class TestSteps:
 
     def test_more_ranks_than_cells_are_refused_beforehand(self, module):
         data = module(tokens_per_forward=200)
-        data._require_cells(4)
+        data.require_cells(4)
         with pytest.raises(InputError, match="40 devices"):
-            data._require_cells(40)
+            data.require_cells(40)
 
 
 class TestValidation:

@@ -12,7 +12,7 @@ from annformer.data.store import StoreSource
 from annformer.data.store_writer import write_store
 from annformer.errors import InputError
 from annformer.train.config import Machine, PretrainConfig
-from annformer.train.estimate import Estimate, estimate
+from annformer.train.estimate import Estimate, estimate, forward_tokens
 from annformer.train.pretrain import new_model, prepare_data
 
 RECIPE = {
@@ -71,6 +71,32 @@ def test_processes_of_a_cpu_share_turns_and_cores(store: StoreSource, config: Pr
     assert "sharing its cores: as fast as 3" in "\n".join(made.lines())
 
 
+def test_more_devices_than_cells_in_a_step_are_refused(store: StoreSource, config: PretrainConfig) -> None:
+    with pytest.raises(InputError, match="to be dealt to 500 parts"):
+        estimate(store, config, Machine(accelerator="cpu", devices=500))
+
+
+def test_looks_at_held_out_cells_take_their_time(store: StoreSource, config: PretrainConfig) -> None:
+    without = PretrainConfig.read(RECIPE | {"train": RECIPE["train"] | {"validations": 0}}, where="test")
+    assert estimate(store, without, Machine(accelerator="cpu")).validation_seconds == 0
+    data = prepare_data(store, store.vocab, config)
+    looked_at = int(data.n_tokens[data.validation_rows].sum())
+    assert forward_tokens(data) == 21 * 3 * looked_at  # validations of three asked shares
+    assert estimate(store, config, Machine(accelerator="cpu")).validation_seconds > 0
+
+
+def test_a_large_turn_is_measured_by_some_of_its_cells(store: StoreSource, config: PretrainConfig) -> None:
+    data = prepare_data(store, store.vocab, config)
+    whole = max(data.step_batches(0, 0, 1), key=lambda turn: turn.n_tokens)
+    same, n_whole = data.some_of(0, 1, 10**9)
+    assert (same.n_cells, same.n_tokens, n_whole) == (whole.n_cells, whole.n_tokens, whole.n_tokens)
+    some, n_whole = data.some_of(0, 1, whole.n_tokens // 3)
+    assert some.check().n_cells == whole.n_cells // 3
+    assert n_whole == whole.n_tokens
+    one, _ = data.some_of(0, 1, 0)
+    assert one.n_cells == 1
+
+
 def test_lines_say_time_and_cost() -> None:
     made = Estimate(
         n_parameters=51_000_000,
@@ -84,16 +110,19 @@ def test_lines_say_time_and_cost() -> None:
         flops_per_epoch=8.6e18,
         device="H100",
         seconds_per_epoch=7200.0,
+        validation_seconds=3600.0,
         mfu=0.4,
         working_bytes=4 * 10**9,
+        free_bytes=4 * 10**9,
         n_devices=8,
         n_apart=8,
         price_per_hour=2.5,
         epochs=6,
     )
     text = "\n".join(made.lines())
-    assert "12.0 h in all" in text
-    assert "40.00 an epoch, 240.00 in all" in text
+    assert "13.0 h in all" in text
+    assert "40.00 an epoch, 260.00 in all" in text
+    assert "4.8 GB are more than this device has free (4.0 GB)" in text
     assert "0.8 GB for parameters and optimizer" in text
     assert "8 x H100" in text
 

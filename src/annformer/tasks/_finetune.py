@@ -22,7 +22,7 @@ from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._threads import torch_threads
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
-from annformer.train.estimate import measure
+from annformer.train.estimate import FORWARD_SHARE, forward_tokens, measure
 from annformer.train.fit import RunStopped, fit
 from annformer.train.plan import TrainingPlan
 from annformer.vocab import GeneVocab
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 JOB = "job.json"
 FEW_STEPS, FEW_TOKENS = 100, 1_000_000
 """Up to here a run is as short as the measurement of its steps."""
-FORWARD_SHARE = 1 / 3
-"""Of the work of a training step, what comes before the gradients."""
 
 
 def loaded(model: ScGPT | str | Path) -> ScGPT:
@@ -125,12 +123,11 @@ def _device(name: str | None) -> torch.device:
 
 def expected(model: ScGPT, data: CellDataModule, device: torch.device) -> str:
     """Say what training, and embedding the cells after it, will take, from a few steps of a copy."""
-    seconds, working, _, tokens = measure(copy.deepcopy(model).to(device), data, device, 1)
-    config, n_validated = data.config, len(data.config.asked_shares) * data.n_tokens[data.validated_rows].sum()
-    forwards = (config.validations + 1) * n_validated + data.n_tokens.sum()
-    needed = seconds / tokens * (data.plan.tokens_until(data.n_steps) + FORWARD_SHARE * forwards)
-    memory = psutil.Process().memory_info().rss + working + 12 * sum(parameter.numel() for parameter in model.parameters())
-    shorter = f"; shorter with fewer epochs (train.epochs, now {config.epochs:g}) or tokens (train.max_length)" if needed > 120 else ""
+    found = measure(copy.deepcopy(model).to(device), data, device, 1)
+    forwards = forward_tokens(data) + int(data.n_tokens.sum())
+    needed = found.seconds_of(data.plan.tokens_until(data.n_steps)) + found.seconds / found.n_tokens * FORWARD_SHARE * forwards
+    memory = psutil.Process().memory_info().rss + found.working_bytes + 12 * sum(parameter.numel() for parameter in model.parameters())
+    shorter = f"; shorter with fewer epochs (train.epochs, now {data.config.epochs:g}) or tokens (train.max_length)" if needed > 120 else ""
     return f"about {in_words(needed)} for {data.n_steps:,} steps and the embedding, {memory / 1e9:.1f} GB of memory{shorter}"
 
 

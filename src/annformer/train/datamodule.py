@@ -83,7 +83,7 @@ class Reader:
 
     def turns(self, item: _Item, rank: int, world: int) -> list[TokenBatch]:
         """What one of `world` ranks does in a step, a batch per turn."""
-        n_turns = _n_turns(self.config, world)
+        n_turns = turns_of(self.config, world)
         parts = deal(item.lengths, world * n_turns)
         return [self.asked(item.rows[parts[turn * world + rank]], item.step) for turn in range(n_turns)]
 
@@ -179,10 +179,19 @@ class CellDataModule(L.LightningDataModule):
         """Make what one of `world` ranks does in a step, a batch per turn; every rank has as many turns."""
         return self.reader.turns(self._item(step), rank, world)
 
+    def some_of(self, step: int, world: int, most_tokens: int) -> tuple[TokenBatch, int]:
+        """Make the longest turn of a step, or as many of its cells as have `most_tokens` tokens; beside it the tokens of the whole turn."""
+        item = self._item(step)
+        part = max(deal(item.lengths, world * turns_of(self.config, world)), key=lambda part: int(item.lengths[part].sum()))
+        whole = int(item.lengths[part].sum())
+        n = max(1, min(len(part), len(part) * most_tokens // max(1, whole)))
+        some = part[np.linspace(0, len(part), n, endpoint=False).astype(np.int64)]  # long cells and short ones, however they are sorted
+        return self.reader.asked(item.rows[some], step), whole
+
     def names_of(self, step: int, rank: int, world: int, turn: int) -> list[str]:
         """Names of the cells of one turn, in the order of its batch."""
         item = self._item(step)
-        part = deal(item.lengths, world * _n_turns(self.config, world))[turn * world + rank]
+        part = deal(item.lengths, world * turns_of(self.config, world))[turn * world + rank]
         return self.cells.names(item.rows[part])
 
     def validation_batches(self, rank: int = 0, world: int = 1) -> list[TokenBatch]:
@@ -205,7 +214,7 @@ class CellDataModule(L.LightningDataModule):
         The trainer must be told not to replace the sampler (`use_distributed_sampler=False`).
         """
         rank, world = _place(self.trainer)
-        self._require_cells(world)
+        self.require_cells(world)
         start = self.trainer.global_step if self.trainer else 0
         workers = self.config.workers
         return DataLoader(
@@ -285,9 +294,10 @@ class CellDataModule(L.LightningDataModule):
             return self.training_rows, weights
         return self.training_rows[seen], weights[seen] / weights[seen].mean()
 
-    def _require_cells(self, world: int) -> None:
+    def require_cells(self, world: int) -> None:
+        """Refuse more devices than a step has cells for."""
         per_step = self.plan.cells_per_epoch / self.plan.steps_per_epoch
-        n_parts = world * _n_turns(self.config, world)
+        n_parts = world * turns_of(self.config, world)
         if per_step < n_parts:
             found = f"a step holds {per_step:.1f} cells on average, to be dealt to {n_parts} parts ({world} devices)"
             raise input_error(found, "a cell at least for every part", "raise train.tokens_per_step, or use fewer devices")
@@ -331,7 +341,7 @@ def _balances(balance: Balance) -> bool:
     return balance.power > 0 or bool(balance.factors)
 
 
-def _n_turns(config: TrainConfig, world: int) -> int:
+def turns_of(config: TrainConfig, world: int) -> int:
     """Turns in which every one of `world` ranks does its part of a step."""
     return -(-config.tokens_per_step // (world * config.tokens_per_forward))
 
