@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -124,3 +127,25 @@ def test_the_digest_sees_counts_genes_batches_and_types():
     found = [digest(one), digest(cells(value=2)), digest(other_genes), digest(other_batches), digest(one, [LABELS])]
     assert len(set(found)) == 5
     assert digest(cells()) == found[0]
+
+
+def test_a_run_that_can_go_on_does_so_with_its_seconds(tmp_path):
+    kept, folders = Kept(tmp_path / "work", {"cells": "these"}), []
+
+    def make(cells: ad.AnnData, seed: int, *, folder: Path) -> Made:
+        folders.append(folder)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+        return Made(np.zeros((cells.n_obs, 2)))
+
+    methods = [Method("ours", "ours", make, resumes=True)]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(methods, cells(), (0,), kept)
+    assert folders[0].is_dir()
+    (run,) = run_all(methods, cells(), (0,), kept)
+    assert folders[1] == folders[0]
+    assert run.seconds > 0.2
+    assert not folders[0].exists()
+    assert len(list((tmp_path / "work").iterdir())) == 1

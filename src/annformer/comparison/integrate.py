@@ -59,8 +59,8 @@ def methods(model: ScGPT | str | Path = DEFAULT_MODEL, *, batch_key: str, **inte
     recipe = _recipe(integrator)
     embedded = partial(_embedded, model, device=integrator.get("device"), threads=integrator.get("threads"))
     table = [
-        Method(TUNED, "ours", partial(tuned, pretrained=True), fewest_cells=FEWEST_CELLS),
-        Method(SCRATCH, "ours", partial(tuned, pretrained=False), fewest_cells=FEWEST_CELLS),
+        Method(TUNED, "ours", partial(tuned, pretrained=True), fewest_cells=FEWEST_CELLS, resumes=True),
+        Method(SCRATCH, "ours", partial(tuned, pretrained=False), fewest_cells=FEWEST_CELLS, resumes=True),
         Method(ZERO, "ours", embedded, random=False),
     ]
     if recipe.anchor_weight:  # what is not taught is nothing to compare with
@@ -77,11 +77,13 @@ def _recipe(integrator: Mapping[str, Any]) -> IntegrationRecipe:
     return given if isinstance(given, IntegrationRecipe) else IntegrationRecipe.named(str(given))
 
 
-def _integrated(model: ScGPT | str | Path, options: Mapping[str, Any], cells: AnnData, seed: int, *, pretrained: bool) -> Made:
+def _integrated(
+    model: ScGPT | str | Path, options: Mapping[str, Any], cells: AnnData, seed: int, *, pretrained: bool, folder: Path | None = None
+) -> Made:
     from annformer.tasks.integration import BatchIntegrator
 
     integrator = BatchIntegrator(model, **options, pretrained=pretrained, layer="X", seed=seed)
-    integrator.fit(cells)
+    integrator.fit(cells, folder=folder)
     integrator.transform(cells)
     return Made(np.asarray(cells.obsm["X_annformer"]), integrator.history_, integrator.match_.report().lines())
 

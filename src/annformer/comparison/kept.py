@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -74,9 +75,7 @@ class Kept:
         """
         if self.folder is None:
             return make()
-        asked = {**self.job, "versions": installed(RESULTS_FOLLOW), "annformer": _code(), **run}
-        text = json.dumps(asked, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+        path = self.folder / f"{self._name(run)}.npz"
         if (found := _read(path)) is not None:
             log.info("kept from an earlier start")
             seconds, memory = found["cost"]
@@ -89,7 +88,16 @@ class Kept:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        shutil.rmtree(self.folder / self._name(run), ignore_errors=True)
         return made, seconds, memory
+
+    def work(self, **run: Any) -> Path | None:
+        """Return the folder in which a run may keep what it needs to go on after a kill; it goes when the run is finished."""
+        return None if self.folder is None else self.folder / self._name(run)
+
+    def _name(self, run: Mapping[str, Any]) -> str:
+        asked = {**self.job, "versions": installed(RESULTS_FOLLOW), "annformer": _code(), **run}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @cache

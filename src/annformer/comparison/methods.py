@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, Protocol, Self, TypeVar
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from annformer.errors import input_error
 log = logging.getLogger(__name__)
 
 Kind = Literal["ours", "floor", "control"]
+SECONDS: Final = "seconds"
 SAMPLED_EVERY = 0.02
 """Seconds between two looks at the memory."""
 
@@ -75,7 +77,7 @@ class Method:
 
     name: str
     kind: Kind
-    make: Callable[[AnnData, int], Made]
+    make: Callable[..., Made]
     """Cells and seed to embedding. The cells have counts and, in obs, the batch only: nothing can look at a label."""
     random: bool = True
     """Its result depends on the seed, so it is run with every seed."""
@@ -85,6 +87,8 @@ class Method:
     """Cells that it needs in every batch."""
     slow: bool = False
     """One run may take longer than all others together: said before the first."""
+    resumes: bool = False
+    """`make` takes a `folder` too, by which the same call goes on after a kill."""
 
 
 @dataclass(frozen=True)
@@ -168,18 +172,40 @@ def _fresh(cells: AnnData) -> AnnData:
 
 
 def _run(method: Method, cells: AnnData, seed: int, kept: Kept) -> Run:
-    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed)), method=method.name, seed=int(seed))
+    run = {"method": method.name, "seed": int(seed)}
+    work = kept.work(**run) if method.resumes else None
+    given = {"folder": work} if work else {}
+    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed, **given), work), **run)
     assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
     return Run(method, seed, made, seconds, memory)
 
 
-def watched(work: Callable[[], Found]) -> tuple[Found, float, float]:
-    """Do the work; return its result, its seconds, and the growth of memory in MB."""
-    with threads_kept(), MemoryWatch() as memory:
-        began = time.perf_counter()
-        made = work()
-        seconds = time.perf_counter() - began
+def watched(work: Callable[[], Found], folder: Path | None = None) -> tuple[Found, float, float]:
+    """Do the work; return its result, its seconds, and the growth of memory in MB.
+
+    Parameters
+    ----------
+    folder
+        Of work that goes on where it was stopped: the seconds before are kept there, and counted. After a `kill -9` they are lost.
+    """
+    before = _seconds_before(folder)
+    began = time.perf_counter()
+    try:
+        with threads_kept(), MemoryWatch() as memory:
+            made = work()
+            seconds = before + time.perf_counter() - began
+    except BaseException:
+        if folder is not None and folder.is_dir():
+            (folder / SECONDS).write_text(str(before + time.perf_counter() - began))
+        raise
     return made, seconds, memory.growth_mb
+
+
+def _seconds_before(folder: Path | None) -> float:
+    try:
+        return 0.0 if folder is None else float((folder / SECONDS).read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 
 @dataclass
