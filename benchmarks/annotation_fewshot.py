@@ -27,7 +27,14 @@ from integration import read
 
 SIZES = (10, 50, 200)
 MOST_CALLED = 2_000
-FLOORS = ("logistic regression all genes", "logistic regression HVG", "logistic regression balanced", "kNN PCA")
+FLOORS = (
+    "logistic regression all genes",
+    "logistic regression HVG",
+    "logistic regression balanced",
+    "CellTypist",
+    "CellTypist feature selection",
+    "kNN PCA",
+)
 
 
 def drawn(labels: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +91,7 @@ def main() -> None:
             embed(cells, network, key_added=key, progress=False)
         for n in SIZES:
             for seed in range(given.seeds):
+                print(f"{name}: {n} of each type, seed {seed}", flush=True)
                 learned, asked = drawn(labels, n, seed)
                 for method, types in called(cells, models, learned, asked, seed).items():
                     scores = classification_scores(labels[asked], types)
