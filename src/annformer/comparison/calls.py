@@ -15,6 +15,7 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Shaped
 
+from annformer.comparison.cells import fresh
 from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept
 from annformer.comparison.methods import Kind, watched
 from annformer.data.split import Fold
@@ -169,7 +170,7 @@ class Given:
         """What it says, its seconds, and the growth of memory in MB."""
 
         def call() -> tuple[Called, float, float]:
-            learned_from, asked = _fresh(self.reference), _fresh(self.query)
+            learned_from, asked = fresh(self.reference), fresh(self.query)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AnnformerWarning)  # of rare types, in every fold again: the page counts the cells of each
                 return watched(lambda: caller.call(learned_from, asked, seed))
@@ -178,14 +179,6 @@ class Given:
         found = kept.get(Called, call, method=caller.name, seed=int(seed), cells_of_fold=rows, batches_known=self.batches_known)
         assert len(found[0].types) == self.query.n_obs, f"{caller.name} called other cells"
         return found
-
-
-def _fresh(cells: AnnData) -> AnnData:
-    """The same cells in an object of their own, so that no method finds what another left; the counts are shared."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arrays = {name: values.copy() for name, values in cells.obsm.items()}
-        return AnnData(cells.X, obs=cells.obs.copy(), var=cells.var.copy(), obsm=arrays, uns=copy.deepcopy(dict(cells.uns)))
 
 
 def pool(rows: Sequence[np.ndarray], called: Sequence[Called]) -> Called:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -207,3 +208,11 @@ def _can_colour(column: pd.Series) -> bool:
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
         return column.nunique() > 1
     return 1 < column.nunique() <= MOST_LEVELS
+
+
+def fresh(cells: AnnData) -> AnnData:
+    """The same cells in an object of their own, so that no method finds what another left; the counts are shared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arrays = {name: values.copy() for name, values in cells.obsm.items()}
+        return AnnData(cells.X, obs=cells.obs.copy(), var=cells.var.copy(), obsm=arrays, uns=copy.deepcopy(dict(cells.uns)))

@@ -18,6 +18,7 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float
 
+from annformer.comparison.cells import fresh
 from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept, table_as_arrays, table_of_arrays
 from annformer.durations import in_words
 from annformer.errors import input_error
@@ -166,16 +167,11 @@ def run_all(methods: Iterable[Method], cells: AnnData, seeds: Sequence[int], kep
     return sorted(runs, key=lambda run: ordered.index(run.method))
 
 
-def _fresh(cells: AnnData) -> AnnData:
-    """The same cells in an object of their own, so that no method finds what another left; the counts are shared."""
-    return AnnData(cells.X, obs=cells.obs.copy(), var=cells.var.copy())
-
-
 def _run(method: Method, cells: AnnData, seed: int, kept: Kept) -> Run:
     run = {"method": method.name, "seed": int(seed)}
     work = kept.work(**run) if method.resumes else None
     given = {"folder": work} if work else {}
-    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(_fresh(cells), seed, **given), work), **run)
+    made, seconds, memory = kept.get(Made, lambda: watched(lambda: method.make(fresh(cells), seed, **given), work), **run)
     assert made.embedding.shape[0] == cells.n_obs, f"{method.name} returned other cells"
     return Run(method, seed, made, seconds, memory)
 
