@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from jaxtyping import Int
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from annformer.convert import from_authors, refuse_unknown, tensor_error, to_aut
 from annformer.errors import AnnformerWarning, input_error
 from annformer.model.config import ModelConfig
 from annformer.model.encoder import CellEncoder, Wanted
-from annformer.objectives import AnyObjectiveConfig, Loss, Objective, build
+from annformer.objectives import AnyObjectiveConfig, Loss, Objective, build, each_kind_once
 from annformer.tokenizer import TokenizerSettings, tokenize
 from annformer.tokens import CellBatch, Encoded, TokenBatch
 from annformer.vocab import GeneVocab
@@ -55,6 +55,11 @@ class ModelFolderConfig(Config):
     """Genes that a fine-tuned model reads, in the order of its expression view if it has one; none: all that the vocabulary knows."""
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Where the weights come from: `name`, and whatever its maker wrote down."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_once(cls, value: dict[str, AnyObjectiveConfig]) -> dict[str, AnyObjectiveConfig]:
+        return each_kind_once(value)
 
 
 class ScGPT(nn.Module):

@@ -94,6 +94,15 @@ class TestMeasured:
             assert found.tolist() == self.expected(files, store, vocab, batch.gene_ids)[[9, 4, 150]].tolist()
             assert store.n_measured_over(vocab)[[9, 4, 150]].tolist() == batch.n_measured.tolist() == found.sum(1).tolist()
 
+    def test_genes_that_are_left_out_leave_the_others_as_they_are(self, store):
+        every = store.rows([9, 4, 150])
+        vocab = GeneVocab(store.vocab.tokens, store.vocab.genes[::3])
+        some = store.rows([9, 4, 150], vocab=vocab)
+        kept = np.isin(every.gene_ids, some.gene_ids)
+        assert 0 < kept.sum() == len(some.gene_ids) < len(kept)
+        assert (some.counts != every.counts[:, np.flatnonzero(kept)]).nnz == 0
+        assert some.counts.nnz < every.counts.nnz
+
     def test_some_cells_of_a_batch(self, store):
         batch, order = store.rows([9, 4, 150, 8]), np.array([2, 0])
         some, same = batch.take(order), store.rows([150, 9])
@@ -165,6 +174,14 @@ class TestDamage:
         steps = []
         StoreSource(store).verify(lambda done, total: steps.append(done / total))
         assert steps[-1] == 1
+
+    def test_a_changed_gene_name_is_found(self, store):
+        file = store / "vocab.json"
+        text = file.read_text(encoding="utf-8")
+        gene = StoreSource(store).vocab.genes[0]
+        file.write_text(text.replace(f'"{gene}"', f'"{gene[:-1]}X"'), encoding="utf-8")
+        with pytest.raises(InputError, match=r"are not what was written: vocab\.json"):
+            StoreSource(store).verify()
 
     def test_changed_shard_is_named(self, store):
         shard = sorted(store.glob("*.arrow"))[2]

@@ -223,7 +223,7 @@ def test_a_refused_start_leaves_nothing(planted, vocab, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("objective", [{"kind": "cls", "n_classes": 3}, {"kind": "dar", "n_batches": 2}])
+@pytest.mark.parametrize("objective", [{"kind": "cls", "n_classes": 3}, {"kind": "dar", "n_batches": 2}, {"kind": "anchor"}])
 def test_objectives_that_learn_from_labels_are_refused(planted, vocab, objective):
     config = recipe()
     config = config.with_(objectives={"gep": {"kind": "gep"}, "mine": objective})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Final
 from annformer.data.census import SomaStudy, is_soma
 from annformer.data.studies import Study
 from annformer.errors import input_error
+
+log = logging.getLogger(__name__)
 
 SETTINGS: Final = ("path", "gene_key", "layer", "orthologs", "measurement", "obs_filter")
 """Columns of a table of studies that are not labels of the cells; the last two are for SOMA experiments only."""
@@ -71,8 +74,13 @@ def _at(source: str) -> Iterator[Study]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
+    """Data sets at any depth; of what Cell Ranger writes only the cells, not all droplets, where both are there."""
+    paths = sorted(folder.iterdir())
+    names = {path.name for path in paths}
+    for path in paths:
+        if "raw_feature_bc_matrix" in path.name and (cells := path.name.replace("raw_", "filtered_")) in names:
+            log.warning("left out %s, which holds empty droplets too: the cells are in %s", path, cells)
+        elif path.is_dir():
             yield from (path,) if _is_data(path) else _inside(path)
         elif path.suffix in (".h5ad", ".h5"):
             yield path

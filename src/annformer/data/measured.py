@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from jaxtyping import Bool, Int
 
-from annformer.data.store_manifest import MeasuredRecord
-from annformer.data.studies import file_sha256
+from annformer.data.store_manifest import FileRecord
+from annformer.data.studies import file_record
 
 FILE: Final = "measured.npy"
 """Not an .arrow file: those of a store are its cells."""
@@ -27,11 +27,11 @@ def note_measured(notes: Path, number: int, gene_ids: Int[np.ndarray, "column"],
     _save(_note(notes, number), np.packbits(which))
 
 
-def write_measured(folder: Path, notes: Path, n_sources: int) -> MeasuredRecord:
+def write_measured(folder: Path, notes: Path, n_sources: int) -> FileRecord:
     """Bring the notes of all sources together."""
     path = folder / FILE
     _save(path, np.stack([np.load(_note(notes, number)) for number in range(n_sources)]))
-    return MeasuredRecord(file=FILE, n_bytes=path.stat().st_size, sha256=file_sha256(path))
+    return file_record(path)
 
 
 def read_measured(path: Path, n_sources: int, n_tokens: int) -> Bool[np.ndarray, "source token"]:

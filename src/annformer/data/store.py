@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 
 from annformer.data.collapse import Rows, collapse
 from annformer.data.measured import read_measured
-from annformer.data.store_manifest import MeasuredRecord, Shard, StoreManifest
+from annformer.data.store_manifest import FileRecord, Shard, StoreManifest
 from annformer.data.studies import file_sha256
 from annformer.data.tables import unknown_name
 from annformer.errors import InputError, input_error
@@ -32,6 +32,7 @@ from annformer.vocab import GeneVocab
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+VOCAB: Final = "vocab.json"
 OWN_COLUMNS: Final = ("gene_ids", "counts", "source", "row")
 """Columns of a shard that are not labels."""
 
@@ -68,7 +69,7 @@ class StoreSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.manifest = _read_manifest(self.path)
-        self.vocab = GeneVocab.from_json(self.path / "vocab.json")
+        self.vocab = GeneVocab.from_json(self.path / VOCAB)
         self.categories: dict[str, tuple[str, ...]] = {}
         _require_sizes(self.path, self._files)
         mapped = {shard.file: _open_shard(self.path / shard.file, list(self.manifest.columns)) for shard in self.manifest.shards}
@@ -196,7 +197,7 @@ class StoreSource:
             yield self.rows(wanted[first : first + size], vocab=vocab, label_keys=label_keys)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compare every file of cells, and the one of measured genes, with its hash; do so before a long run.
+        """Compare every file that is read with its hash; do so before a long run.
 
         Parameters
         ----------
@@ -221,9 +222,9 @@ class StoreSource:
             raise _damaged(self.path, f"{len(bad)} of its {len(files)} files are not what was written: {', '.join(bad)}")
 
     @property
-    def _files(self) -> list[Shard | MeasuredRecord]:
+    def _files(self) -> list[Shard | FileRecord]:
         """Files whose size and hash the manifest has."""
-        return [*self.manifest.shards, *([self.manifest.measured] if self.manifest.measured else [])]
+        return [*self.manifest.shards, *(file for file in (self.manifest.measured, self.manifest.vocab) if file is not None)]
 
     def _places(self, rows: Int[np.ndarray, "cell"]) -> Iterator[tuple[int, int]]:
         """Part of every cell, and its row there."""
@@ -238,8 +239,11 @@ class StoreSource:
             counts, gene_ids = stored, np.arange(len(self.vocab.genes))
         else:
             slots, gene_ids = self._slots(vocab)
-            changed = collapse(stored, slots, len(gene_ids))
-            counts = Rows(changed.indptr, changed.indices, changed.data)
+            if _in_order(slots):  # genes are left out, and no others change places: nothing to sort or to add up
+                counts = Rows(*_without(stored.indptr, stored.indices, stored.data, slots))
+            else:
+                changed = collapse(stored, slots, len(gene_ids))
+                counts = Rows(changed.indptr, changed.indices, changed.data)
         cells = csr_array((counts.data, counts.indices, counts.indptr), shape=(len(counts.indptr) - 1, len(gene_ids)))
         cells.has_canonical_format = True
         return cells, gene_ids
@@ -291,6 +295,30 @@ def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
 
 
+def _in_order(slots: Int[np.ndarray, "token"]) -> bool:
+    """Whether every slot has one gene, and these stand in the order of their slots."""
+    return bool((np.diff(slots[slots >= 0]) > 0).all())
+
+
+@jit
+def _without(indptr: Any, indices: Any, data: Any, slots: Any) -> Any:
+    """Rows without the genes that have no slot."""
+    begins = np.zeros_like(indptr)
+    n_kept = 0
+    for row in range(len(indptr) - 1):
+        for k in range(indptr[row], indptr[row + 1]):
+            n_kept += slots[indices[k]] >= 0
+        begins[row + 1] = n_kept
+    genes, values = np.empty(n_kept, dtype=np.int32), np.empty(n_kept, dtype=data.dtype)
+    n_kept = 0
+    for k in range(len(indices)):
+        slot = slots[indices[k]]
+        if slot >= 0:
+            genes[n_kept], values[n_kept] = slot, data[k]
+            n_kept += 1
+    return begins, genes, values
+
+
 @jit
 def _distinct(offsets: Any, gene_ids: Any, slots: Any, n_slots: int) -> Any:
     """For each cell the number of different slots of its genes."""
@@ -322,7 +350,7 @@ def _read_manifest(path: Path) -> StoreManifest:
     return StoreManifest.read(values, where=str(file))
 
 
-def _require_sizes(path: Path, files: Sequence[Shard | MeasuredRecord]) -> None:
+def _require_sizes(path: Path, files: Sequence[Shard | FileRecord]) -> None:
     for told in files:
         file = path / told.file
         size = file.stat().st_size if file.is_file() else None

@@ -58,8 +58,8 @@ class HeldOutRecord(Config):
     """Cells of the sources that were recognised as cells of this data set."""
 
 
-class MeasuredRecord(Config):
-    """The file that says which genes each source measured."""
+class FileRecord(Config):
+    """A file beside the shards."""
 
     file: str
     n_bytes: int
@@ -83,5 +83,7 @@ class StoreManifest(Config):
     shards: list[Shard]
     sources: list[SourceRecord]
     held_out: list[HeldOutRecord]
-    measured: MeasuredRecord | None = None
-    """None: the store was made before this was written down."""
+    measured: FileRecord | None = None
+    """Which genes each source measured; None: the store was made before this was written down."""
+    vocab: FileRecord | None = None
+    """Gene -> id; None: the store was made before its hash was written down."""

@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from annformer.data.partial import hold
-from annformer.data.store import MANIFEST
+from annformer.data.store import MANIFEST, VOCAB
 from annformer.data.store_manifest import StoreManifest
+from annformer.data.studies import file_record
 from annformer.errors import InputError, input_error
 from annformer.vocab import GeneVocab
 
@@ -122,7 +123,8 @@ class PartialStore:
 
     def publish(self, manifest: StoreManifest, vocab: GeneVocab) -> None:
         """Complete the store and move it to its place."""
-        vocab.to_json(self.store / "vocab.json")
+        vocab.to_json(self.store / VOCAB)
+        manifest = manifest.with_(vocab=file_record(self.store / VOCAB).model_dump())
         write_safely(self.store / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         if self.out.exists():  # a folder cannot be replaced in one step
             self.out.rename(self.folder / "replaced")

@@ -17,6 +17,7 @@ from annformer.config import Config
 from annformer.data.anndata import AnnDataSource
 from annformer.data.counts import CountsChoice
 from annformer.data.source import CellSource
+from annformer.data.store_manifest import FileRecord
 from annformer.data.tables import Table, as_text
 from annformer.genes import read_orthologs
 
@@ -152,6 +153,11 @@ class LabelCodes:
 
     def _code(self, text: str) -> int:
         return self.code.setdefault(text, len(self.code))
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file that stands beside the shards of a store."""
+    return FileRecord(file=path.name, n_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def file_sha256(path: Path) -> str:

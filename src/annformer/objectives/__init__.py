@@ -35,9 +35,18 @@ AnyObjectiveConfig = Annotated[
 ]
 
 
+def each_kind_once(objectives: dict[str, AnyObjectiveConfig]) -> dict[str, AnyObjectiveConfig]:
+    """Refuse two objectives of one kind: their losses would be told apart by nothing."""
+    kinds = [config.kind for config in objectives.values()]
+    if doubles := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        msg = f"more than one objective of the kind {', '.join(doubles)}: keep one of each"
+        raise ValueError(msg)
+    return objectives
+
+
 def build(config: AnyObjectiveConfig, model: ModelConfig) -> Objective:
     """Build the objective that `config.kind` names, with its head sized for `model`."""
     return OBJECTIVES[config.kind](config, model)
 
 
-__all__ = ["OBJECTIVES", "AnyObjectiveConfig", "Encode", "Loss", "Objective", "ObjectiveConfig", "Prediction", "build"]
+__all__ = ["OBJECTIVES", "AnyObjectiveConfig", "Encode", "Loss", "Objective", "ObjectiveConfig", "Prediction", "build", "each_kind_once"]

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from annformer.config import Config
 from annformer.errors import input_error
 from annformer.model.config import ModelConfig
-from annformer.objectives import AnyObjectiveConfig
+from annformer.objectives import AnyObjectiveConfig, each_kind_once
 from annformer.objectives.gep import GEPConfig
 from annformer.objectives.gepc import GEPCConfig
 from annformer.tokenizer import TokenizerSettings
@@ -106,8 +106,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.mode == "hide" and not any(self.asked_shares):
-            msg = "mode='hide' with a share of 0 alone asks for nothing"
+        if self.mode != "none" and not any(self.asked_shares):
+            msg = f"mode={self.mode!r} with an asked share of 0 alone asks for nothing"
             raise ValueError(msg)
         return self
 
@@ -140,6 +140,11 @@ class PretrainConfig(Config):
     """By default the published ones: GEP with its second pass from the cell embedding, and GEPC."""
     train: TrainConfig = Field(default_factory=TrainConfig)
 
+    @field_validator("objectives")
+    @classmethod
+    def _each_once(cls, value: dict[str, AnyObjectiveConfig]) -> dict[str, AnyObjectiveConfig]:
+        return each_kind_once(value)
+
     @field_validator("train")
     @classmethod
     def _asks(cls, value: TrainConfig) -> TrainConfig:
@@ -151,7 +156,10 @@ class PretrainConfig(Config):
     @field_validator("model")
     @classmethod
     def _is_a_network(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ModelConfig.model_validate({"vocab_size": 1} | value)
+        model = ModelConfig.model_validate({"vocab_size": 1} | value)
+        if model.n_batches or model.batch_context:
+            msg = "batches (n_batches, batch_context) are learned by fine-tuning, not by pretraining: leave them out"
+            raise ValueError(msg)
         return value
 
     @classmethod

@@ -261,7 +261,10 @@ class TrainingPlan(L.LightningModule):
             found += f"; the cells are {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         else:
             found += "; each cell alone gives a finite one"
-        remedy = "look at these cells, lower train.learning_rate, or train in precision 32; the last checkpoint is intact"
+        all_of_them = len(names) == self.result.n_cells if self.result else False
+        blame = "lower train.learning_rate: where it is all cells, it is the weights"
+        what = blame if all_of_them else "look at these cells"
+        remedy = f"{what}, or train in precision 32 or with another train.learning_rate; what was saved before is intact"
         return input_error(found, "finite losses", remedy)
 
     def _offenders(self, step: int, turns: Sequence[TokenBatch]) -> list[str]:

@@ -41,6 +41,7 @@ from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
 
+_WITHOUT_LABELS = ("gep", "gepc", "ecs", "cce")
 _CELLS_OF_FLOORS = 5_000
 """Training cells from which the gene means are taken."""
 
@@ -169,9 +170,9 @@ def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -
 
 
 def _data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
-    if labelled := [name for name, one in config.objectives.items() if one.kind in ("cls", "dar")]:
-        found = f"the recipe has {' and '.join(f'objectives.{name}' for name in labelled)}, which learn from labels"
-        expected = "objectives that need none: gep, gepc, ecs, cce"
+    if others := [name for name, one in config.objectives.items() if one.kind not in _WITHOUT_LABELS]:
+        found = f"the recipe has {' and '.join(f'objectives.{name}' for name in others)}, which learn from labels, or from what integration prepares"
+        expected = f"objectives that need cells only: {', '.join(_WITHOUT_LABELS)}"
         raise input_error(found, expected, "leave them out here; `annformer annotate` and `annformer integrate` train with them")
     return CellDataModule(source, vocab, config.tokenizer, config.train, profile=config.network(vocab).profile)
 
