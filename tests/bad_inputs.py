@@ -343,7 +343,7 @@ def _small_batch(adata: AnnData) -> None:
 
 
 def _constant(adata: AnnData) -> None:
-    adata.X = csr_matrix((adata.X.toarray()[:, :1] > -1) * np.ones(adata.shape, np.float32) * (np.arange(adata.n_vars) < 30))
+    adata.X = csr_matrix(np.ones(adata.shape, np.float32))
 
 
 COMPARED = "compare integrate cells.h5ad --model model --out out"
@@ -474,7 +474,10 @@ INTEGRATIONS = [
         ("no value in 1", "cell4"),
         lambda kit: kit.cells(no_batch),
     ),
-    Row("no gene that varies", f"{INTEGRATED} --batch_key batch", ("variable gene",), lambda kit: kit.cells(_constant)),
+    Row("no gene that varies", f"{INTEGRATED} --batch_key batch", ("0 variable genes",), lambda kit: kit.cells(_constant)),
+    Row("no epoch to integrate for", f"{INTEGRATED} --batch_key batch --epochs 0", ("epochs", "greater than 0")),
+    Row("fewer threads than one", f"{INTEGRATED} --batch_key batch --threads -1", ("threads is -1", "1 or more")),
+    Row("a seed to integrate with below nothing", f"{INTEGRATED} --batch_key batch --seed -1", ("seed", "greater than or equal to 0")),
     Row(
         "no counts to integrate",
         f"{INTEGRATED} --batch_key batch",

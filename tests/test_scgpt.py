@@ -267,7 +267,7 @@ def test_what_genes_and_values_cannot_feed_is_refused(model: ScGPT, network: dic
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: change_config(f, colour="blue"), r"config.json does not describe.*\n.*colour"),
+        (lambda f: change_config(f, colour="blue"), r"config.json: no valid ModelFolderConfig.*\n.*colour"),
         (lambda f: change_config(f, format=2), r"has format 2.*\n.*\n.*install the newer annformer"),
         (lambda f: (f / "config.json").write_text("{}"), r"has format None.*\n.*format 1"),
         (lambda f: change_config(f, objectives={"gep": {"kind": "wave"}}), "objectives.gep"),

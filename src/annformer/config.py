@@ -27,12 +27,18 @@ class Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             lines = [f"  {'.'.join(map(str, e['loc'])) or '(all)'}: {e['msg']} (found {_short(e['input'])})" for e in error.errors()]
-            found = f"{where} does not describe a {cls.__name__}:\n" + "\n".join(lines)
+            found = f"{where}: no valid {cls.__name__}:\n" + "\n".join(lines)
             raise input_error(found, "known names with values in their range", "correct what is listed") from None
 
     def with_(self, **changes: Any) -> Self:
-        """Return a checked copy with `changes`."""
-        return type(self).model_validate(self.model_dump() | changes)
+        """Return a checked copy with `changes`.
+
+        Raises
+        ------
+        InputError
+            When one of them is unknown or out of range.
+        """
+        return self.read(self.model_dump() | changes, where=f"settings ({', '.join(changes)})")
 
 
 def _short(value: object, limit: int = 60) -> str:

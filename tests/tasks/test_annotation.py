@@ -387,3 +387,16 @@ def test_numbers_out_of_range_are_refused(fitted, query):
 @pytest.mark.parametrize("name", AnnotationRecipe.shipped)
 def test_shipped_recipes_are_complete(name):
     assert AnnotationRecipe.named(name).tuning in ("frozen", "full")
+
+
+def test_nothing_is_said_of_a_cell_without_genes(fitted, query):
+    cells = query[:6].copy()
+    counts = cells.X.toarray()
+    counts[2] = 0
+    cells.X = csr_matrix(counts)
+    fitted.predict(cells)
+    row = cells.obs.iloc[2]
+    assert row["predicted_cell_type"] == row["predicted_cell_type_by_expression"] == "unassigned"
+    assert np.isnan(row["predicted_cell_type_confidence"])
+    assert row["predicted_cell_type_set"] == ""
+    assert cells.obs["predicted_cell_type_confidence"].notna().sum() == 5

@@ -211,7 +211,7 @@ def test_what_cannot_be_written_into_is_refused_before_any_work(tiny_adata, tiny
     monkeypatch.setattr(_encoding, "encode_cells", lambda *_, **__: pytest.fail("the work had begun"))
     backed = anndata.read_h5ad(path_in, backed="r")
     for options in ({"adata": backed[:10]}, {"adata": backed[:10], "copy": True}, {"adata": backed, "copy": True}):
-        with pytest.raises(af.InputError, match=r"to_memory\(\), or use embed_file"):
+        with pytest.raises(af.InputError, match=r"to_memory\(\), or use embed_file or predict_file"):
             af.embed(model=tiny_model, **options)
     with pytest.raises(af.InputError, match="embed_file"):
         af.embed(path_in, tiny_model)

@@ -24,7 +24,7 @@ SELECTED_GENES = 300
 """CellTypist's own."""
 NEIGHBOURS = (5, 15, 30)
 VIEWS = (("all", False), ("all", True), ("HVG", False), ("HVG", True))
-"""Which genes, and whether each is scaled: what the best logistic regression is sought among."""
+"""Which genes, and whether each is scaled: what the best logistic regression, and the best neighbours, are sought among."""
 
 
 class Called(NamedTuple):
@@ -83,24 +83,50 @@ def _neighbours(
     *,
     seed: int,
 ) -> Called:
-    """Shares of the nearest cells in principal components of the reference; their number is chosen inside it."""
-    from sklearn.decomposition import PCA
+    """Shares of the nearest cells in principal components of the reference.
+
+    Genes, scale, distance (Euclidean or cosine) and number of neighbours are those that predict the reference's own cells best.
+    """
     from sklearn.metrics import f1_score
 
     classes, codes = _classes(labels)
-    values = log_normalised(reference)
-    pca = PCA(min(N_COMPONENTS, min(values.shape) - 1), svd_solver="arpack", random_state=seed).fit(values)
-    known, asked = pca.transform(values), pca.transform(log_normalised(query))
     fold = logistic.folds(codes, seed)
-    said = np.empty((len(NEIGHBOURS), len(codes)), dtype=np.int64)
-    for i in range(logistic.N_FOLDS):
-        learnt, held = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
-        near = learnt[_nearest(known[learnt], known[held], NEIGHBOURS[-1])]
-        for j, k in enumerate(NEIGHBOURS):
-            said[j, held] = _shares(codes[near[:, :k]], len(classes)).argmax(axis=1)
-    scores = [f1_score(codes, each, average="macro", labels=np.arange(len(classes)), zero_division=0) for each in said]
-    near = _nearest(known, asked, NEIGHBOURS[int(np.argmax(scores))])
-    return Called(classes, _shares(codes[near], len(classes)))
+    best: tuple[float, int, np.ndarray, np.ndarray] | None = None
+    for known, asked in _spaces(reference, query, seed):
+        said = np.empty((len(NEIGHBOURS), len(codes)), dtype=np.int64)
+        for i in range(logistic.N_FOLDS):
+            learnt, held = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
+            near = learnt[_nearest(known[learnt], known[held], NEIGHBOURS[-1])]
+            for j, k in enumerate(NEIGHBOURS):
+                said[j, held] = _shares(codes[near[:, :k]], len(classes)).argmax(axis=1)
+        for k, each in zip(NEIGHBOURS, said, strict=True):
+            score = float(f1_score(codes, each, average="macro", labels=np.arange(len(classes)), zero_division=0))
+            if best is None or score > best[0]:
+                best = score, k, known, asked
+    assert best is not None
+    _, k, known, asked = best
+    return Called(classes, _shares(codes[_nearest(known, asked, k)], len(classes)))
+
+
+def _spaces(reference: Counts, query: Counts, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Principal components of both, of each view, as they are and at length 1: there the Euclidean order is that of the cosine."""
+    from sklearn.decomposition import PCA
+
+    values = log_normalised(reference), log_normalised(query)
+    variable = np.flatnonzero(highly_variable(reference, None, N_GENES).genes)
+    for kind, scale in VIEWS:
+        chosen = variable if kind == "HVG" else np.arange(reference.shape[1])
+        parts: tuple[Any, Any] = (values[0][:, chosen], values[1][:, chosen])
+        known, asked = _dense(*parts, scale=True) if scale else parts
+        n = min(N_COMPONENTS, min(known.shape) - 1)
+        pca = PCA(n, svd_solver="arpack" if not scale else "randomized", random_state=seed).fit(known)
+        both = pca.transform(known), pca.transform(asked)
+        yield both
+        yield _at_length_1(both[0]), _at_length_1(both[1])
+
+
+def _at_length_1(points: np.ndarray) -> np.ndarray:
+    return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
 
 
 def _celltypist(

@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt) and error.args:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        remedy = "run it again: integrate, annotate, compare and pretrain go on where they stopped, embed and prepare do with --resume"
+        remedy = "run it again: integrate, compare, pretrain and annotate --tuning go on, embed and prepare do with --resume"
         return str(input_error("stopped by Ctrl-C; no output was left half written", "to run to the end", remedy))
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         extra = f"annformer[{EXTRAS[error.name]}]"

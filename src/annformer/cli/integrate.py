@@ -113,7 +113,7 @@ def _read(file: str, *, batch_key: str, label_key: str | None, layer: str | None
     """Read the cells once it is clear that the columns and the batch to be shown as are there."""
     import anndata
 
-    from annformer.comparison.cells import labels_of
+    from annformer.comparison.cells import labels_of, share_types
     from annformer.data.anndata import AnnDataSource
 
     with AnnDataSource(file, layer=layer, gene_key=gene_key) as source:
@@ -123,7 +123,10 @@ def _read(file: str, *, batch_key: str, label_key: str | None, layer: str | None
             found = f"--corrected {corrected!r} is no batch of obs[{batch_key!r}]"
             raise input_error(found, f"mean, or one of {', '.join(map(repr, names[:8]))}", "choose one of them")
         if label_key is not None:
-            labels_of(source, label_key)
+            labels = labels_of(source, label_key)
+            if not share_types(labels, source.container.obs.column(batch_key).astype(str).to_numpy()):
+                what = "no type of obs[%r] is in two batches: type and batch cannot be told apart, and types may be drawn together"
+                log.warning(what, label_key)
     return anndata.read_zarr(file) if Path(file).is_dir() else anndata.read_h5ad(file)
 
 

@@ -33,7 +33,7 @@ from annformer.comparison.facts import card_says, card_text, model_facts, versio
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import choose, threads_kept
 from annformer.comparison.result import Facts, Maps
-from annformer.comparison.verdicts import held_against, sentence, verdict_table
+from annformer.comparison.verdicts import caveats, held_against, sentence, verdict_table
 from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.durations import in_words
 from annformer.evaluate.classification import confusion
@@ -207,7 +207,7 @@ def _judged(
         history=pd.DataFrame(),
         facts=facts,
         sentence=sentence(verdicts, means, scoring.JUDGED),
-        notes=held_against(verdicts, HELD_AGAINST, "macro_f1"),
+        notes=caveats(len(hard.seeds)) + held_against(verdicts, HELD_AGAINST, "macro_f1"),
         judged=tuple(scoring.JUDGED),
         more_tables={
             "scores.csv": scores,

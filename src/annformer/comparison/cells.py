@@ -118,12 +118,17 @@ def require_shared_types(labels: Shaped[np.ndarray, "cell"], batches: Shaped[np.
     InputError
         When that is so.
     """
+    if not share_types(labels, batches):
+        found = "whether batches mix cannot be told: no type of cell occurs in two batches"
+        raise input_error(found, "types that several batches share", "name other columns with --batch_key and --label_key")
+
+
+def share_types(labels: Shaped[np.ndarray, "cell"], batches: Shaped[np.ndarray, "cell"]) -> bool:
+    """Whether some type has cells of several batches, and not a batch for each."""
     known = ~np.isin(labels, UNLABELLED)
     counted = pd.crosstab(labels[known], batches[known])
     n_batches, n_cells = (counted > 0).sum(axis=1), counted.sum(axis=1)
-    if not ((n_batches > 1) & (n_batches < n_cells)).any():
-        found = "whether batches mix cannot be told: no type of cell occurs in two batches"
-        raise input_error(found, "types that several batches share", "name other columns with --batch_key and --label_key")
+    return bool(((n_batches > 1) & (n_batches < n_cells)).any())
 
 
 def require_cells(batches: Shaped[np.ndarray, "cell"], batch_key: str, needed: Mapping[str, int]) -> None:

@@ -55,8 +55,8 @@ def as_words(value: object) -> str:
 
 def version_facts(packages: Iterable[str], **more: object) -> dict[str, object]:
     """Machine and versions of those `packages` that are installed, after what else there is to say."""
-    facts = dict(more)
-    facts["machine"] = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+    facts, n = dict(more), torch.get_num_threads()
+    facts["machine"] = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {n} thread{'s' * (n > 1)}"
     return facts | installed(packages)
 
 

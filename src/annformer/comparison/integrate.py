@@ -30,7 +30,7 @@ from annformer.comparison.facts import INTEGRATION_PACKAGES, card_says, card_tex
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
 from annformer.comparison.result import Comparison, Facts, Maps
-from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
+from annformer.comparison.verdicts import VERDICTS, caveats, held_against, sentence, unit_of, units_drawn, usable, verdict_table
 from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.errors import input_error
 from annformer.evaluate import integration
@@ -221,7 +221,7 @@ def compare_integration(
         history=log_of(runs),
         facts=facts,
         sentence=sentence(verdicts, means),
-        notes=held_against(verdicts, HELD_AGAINST),
+        notes=caveats(len(seeds)) + held_against(verdicts, HELD_AGAINST),
     )
 
 

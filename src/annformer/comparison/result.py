@@ -81,8 +81,10 @@ class Comparison:
     """Further files that the task has, or other contents for the usual ones."""
 
     def means(self) -> pd.DataFrame:
-        """Scores, seconds and memory by method, averaged over its seeds, with `seeds`; the best by the score that decides first."""
+        """Scores and seconds by method, averaged over its seeds, and its most memory; the best by the score that decides first."""
         numbers = self.scores.drop(columns=["seed"])
-        table = numbers.groupby(["method", "kind"], sort=False).mean(numeric_only=True).reset_index()
+        groups = numbers.groupby(["method", "kind"], sort=False)
+        most = groups["memory_mb"].max()  # not the mean: later seeds use the memory of the first again
+        table = groups.mean(numeric_only=True).assign(memory_mb=most).reset_index()
         table.insert(2, "seeds", numbers.groupby("method", sort=False).size().to_numpy())
         return table.sort_values(self.judged[0], ascending=False, kind="stable", ignore_index=True)

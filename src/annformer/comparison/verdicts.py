@@ -94,6 +94,13 @@ def sentence(verdicts: pd.DataFrame, means: pd.DataFrame, scores: Mapping[str, s
     return f"On these cells {claim}: {_advice(str(decides['ours']), str(decides['other']), words, means, scores)}."
 
 
+def caveats(n_seeds: int) -> list[str]:
+    """What to know before the sentence is believed."""
+    if n_seeds >= 3:
+        return []
+    return [f"Methods with randomness ran with {n_seeds} seed{'s' * (n_seeds > 1)}: three or more say how much is chance (--seeds 3)."]
+
+
 def held_against(verdicts: pd.DataFrame, others: Mapping[str, str], score: str = "overall") -> list[str]:
     """Say how `ours` does in one score against those of `others` (name -> what it is) that were run, a sentence each."""
     rows = {str(row["other"]): row for _, row in verdicts[verdicts["score"] == score].iterrows()}

@@ -16,7 +16,7 @@ from annformer.evaluate.contingency import contingency_table
 Names = Sequence[str] | np.ndarray | pd.Series
 """A name for each cell."""
 
-UNLABELLED = ("unlabelled", "unknown")
+UNLABELLED = tuple(spelt for word in ("unlabelled", "unknown", "unlabeled") for spelt in (word, word.capitalize(), word.upper()))
 """Labels that say that there is none, as does a missing value."""
 
 DEFINITIONS: dict[str, str] = {

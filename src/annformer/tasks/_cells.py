@@ -35,7 +35,8 @@ def chosen_genes(cells: MemoryCells, codes: Int[np.ndarray, "cell"], n: int) -> 
     batch = cells.whole
     varying = highly_variable(sp.csr_matrix(batch.counts), codes.astype(str), n)
     counts = batch.counts[:, np.flatnonzero(varying.genes)]
-    n_varying = int((np.asarray(counts.sum(axis=0)).reshape(-1) > 0).sum())
+    most, least = (np.asarray(extreme(axis=0).todense()).reshape(-1) for extreme in (counts.max, counts.min))
+    n_varying = int((most > least).sum())
     if n_varying < FEWEST_GENES:
         found = f"{n_varying} variable genes that the model knows"
         raise input_error(found, f"at least {FEWEST_GENES}", "give all genes that were measured; `annformer inspect` says how they match")

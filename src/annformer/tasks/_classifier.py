@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from annformer.baselines.expression import highly_variable
 from annformer.data.anndata import AnnDataSource
+from annformer.durations import in_words
 from annformer.errors import input_error
 from annformer.evaluate.classification import classification_scores
 from annformer.tasks._annotation_cells import (
@@ -34,6 +36,9 @@ from annformer.tokens import CellBatch
 from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
+
+SAY_AFTER = 3.0
+"""Seconds."""
 
 CELLS_AT_ONCE = 1024
 SCALED_TO = 10_000.0
@@ -121,14 +126,16 @@ class Classifier:
         abroad_rows = np.zeros(0, np.int64) if strata is None else np.flatnonzero(learnable(codes, strata)[held_back])
         linears, parts, abroad = [], [], []
         folds, counts = reference.folds, [depth * median for depth in depths]
-        maps = [
-            fit_linear(selected.at(depth), codes, n_types, folds, strengths=strengths, balance=balance, strata=strata) for depth in counts
-        ]
+        clock, maps = _Clock(len(counts) + bool(scaled_genes)), []
+        for depth in counts:
+            maps.append(fit_linear(selected.at(depth), codes, n_types, folds, strengths=strengths, balance=balance, strata=strata))
+            clock.tell()
         if scaled_genes:
             varying = np.flatnonzero(highly_variable(sp.csr_matrix(selected.counts), None, scaled_genes).genes)
             there = selected.at(SCALED_TO)
             maps.append(fit_scaled(there, varying, codes, n_types, folds, strengths=scaled_strengths, strata=strata))
             counts.append(SCALED_TO)
+            clock.tell()
         for depth, fitted in zip(counts, maps, strict=True):
             log.debug("log expression at %g counts: strength %g", depth, fitted.strength)
             linears.append(fitted.linear)
@@ -230,6 +237,20 @@ class Classifier:
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             found = f"{path} cannot be read: {error}"
             raise input_error(found, "the file as CellTypeClassifier.save wrote it", "copy the folder again, or fit again") from None
+
+
+class _Clock:
+    """Says how long learning from expression will take, once its first part took long."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done, self.began = n, 0, time.monotonic()
+
+    def tell(self) -> None:
+        self.done += 1
+        took = time.monotonic() - self.began
+        if took > SAY_AFTER and self.done < self.n:
+            left = in_words(took / self.done * (self.n - self.done))
+            log.info("expression, part %d of %d: %s; about %s left", self.done, self.n, in_words(took), left)
 
 
 def _scores(truth: Int[np.ndarray, "cell"], called: Int[np.ndarray, "cell"], most_frequent: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from annformer.durations import in_words
 from annformer.errors import input_error
 from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._threads import torch_threads
+from annformer.train.checkpoint import FOLDER, newest
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
 from annformer.train.estimate import FORWARD_SHARE, forward_tokens, measure
@@ -144,10 +146,15 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(job, sort_keys=True)
-    if (folder / JOB).is_file():
+    if (folder / JOB).is_file() and newest(folder / FOLDER) is not None:  # what stopped before the first checkpoint has nothing to lose
         if (folder / JOB).read_text(encoding="utf-8") != text:
-            found = f"{folder} holds the training of other cells, another model or another recipe"
+            found = f"{folder} holds the training of other cells, or with another model, recipe or seed"
             raise input_error(found, "the same call as before, to go on with", "repeat that call, or begin anew (--overwrite)")
     else:
         (folder / JOB).write_text(text, encoding="utf-8")
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if newest(folder / FOLDER) is None:  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -25,10 +25,14 @@ def check_target(adata: AnnData, *, copy: bool) -> None:
     """Refuse before any work what could not be written into `adata` after it."""
     if not isinstance(adata, AnnData):
         found = f"data of type {type(adata).__name__}"
-        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad; from file to file there is embed_file")
+        raise input_error(found, "an AnnData object", "read it with anndata.read_h5ad; files have embed_file and predict_file")
     if adata.isbacked and (adata.is_view or copy):
         found = "a view of a backed AnnData" if adata.is_view else "copy=True of a backed AnnData"
-        raise input_error(found, "an AnnData that can be written to in memory", "pass adata.to_memory(), or use embed_file")
+        raise input_error(
+            found,
+            "an AnnData that can be written to in memory",
+            "pass adata.to_memory(), or use embed_file or predict_file",
+        )
     if not isinstance(adata.uns.get("annformer", {}), Mapping):
         name = "your AnnData"
         raise foreign_record(name)
@@ -52,6 +56,9 @@ def put_columns(adata: AnnData, key_added: str, columns: pd.DataFrame, record: d
     target = adata.copy() if copy else adata
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)
+        stale = f"{key_added}_majority"  # of an earlier call, with clusters
+        if stale in target.obs and stale not in columns and key_added in target.uns.get("annformer", {}):
+            del target.obs[stale]
         for name in columns:
             target.obs[name] = columns[name].array
     target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}

@@ -23,7 +23,7 @@ from annformer.data.write_columns import write_with_columns
 from annformer.errors import input_error
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
 from annformer.tasks._annotation_cells import Reference, expressed_genes, read_reference, require_enough
-from annformer.tasks._annotation_columns import columns_of, never_empty, require_coverage
+from annformer.tasks._annotation_columns import columns_of, never_empty, require_coverage, require_shares
 from annformer.tasks._annotation_recipe import AnnotationRecipe, Learned, Options
 from annformer.tasks._cells import require_counts, require_genes
 from annformer.tasks._classifier import Answer, Classifier, NetworkPart
@@ -254,6 +254,7 @@ class CellTypeClassifier:
         """
         self._require_fitted()
         check_key(key_added)
+        require_shares(coverage, unassigned_above)
         check_target(adata, copy=copy)
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             table = self._columns(cells, coverage, unassigned_above, cluster_key)
@@ -286,6 +287,7 @@ class CellTypeClassifier:
         """
         self._require_fitted()
         check_key(key_added)
+        require_shares(coverage, unassigned_above)
         with (
             Output(Path(path_in), Path(path_out), overwrite=overwrite) as output,
             self._cells(output.path_in, {"embedding": embedding, "progress": progress}) as cells,

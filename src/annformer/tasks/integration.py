@@ -96,11 +96,11 @@ class BatchIntegrator:
     genes_
         The genes that are read.
     match_
-        How the genes of the data were found in the vocabulary.
+        How the genes of the data were found in the vocabulary (after `fit`).
     history_
         Losses by step, `train/...` and `validation/...`.
     seconds_
-        What `fit` took.
+        What `fit` took (after `fit`).
     """
 
     def __init__(
@@ -335,6 +335,7 @@ class BatchIntegrator:
 
     def _encoded(self, source: AnnDataSource, codes: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell width"]:
         """Cell states, in the order of the cells."""
+        require_counts(source)
         if self.device is not None:
             self.model_.to(self.device)
         source.match(self.model_.vocab)

@@ -135,7 +135,7 @@ def require_machine(machine: Machine) -> None:
     n_gpus = torch.cuda.device_count()
     if machine.accelerator == "cuda" and not n_gpus:
         found = "a GPU is asked for, and torch sees none"
-        raise input_error(found, "an NVIDIA GPU and a build of torch for it", "leave --accelerator out, or install torch for CUDA")
+        raise input_error(found, "an NVIDIA GPU and a build of torch for it", "compute on the CPU, or install torch for CUDA")
     if machine.accelerator != "cpu" and n_gpus and isinstance(machine.devices, int) and machine.devices > n_gpus:
         found = f"{machine.devices} devices are asked for, and torch sees {n_gpus}"
         raise input_error(found, f"at most {n_gpus}", "lower --devices")

@@ -171,7 +171,8 @@ def prepare_data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -
 
 def _data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellDataModule:
     if others := [name for name, one in config.objectives.items() if one.kind not in _WITHOUT_LABELS]:
-        found = f"the recipe has {' and '.join(f'objectives.{name}' for name in others)}, which learn from labels, or from what integration prepares"
+        named = " and ".join(f"objectives.{name}" for name in others)
+        found = f"the recipe has {named}, which learn from labels, or from what integration prepares"
         expected = f"objectives that need cells only: {', '.join(_WITHOUT_LABELS)}"
         raise input_error(found, expected, "leave them out here; `annformer annotate` and `annformer integrate` train with them")
     return CellDataModule(source, vocab, config.tokenizer, config.train, profile=config.network(vocab).profile)
