@@ -263,8 +263,7 @@ A foundation model of single cells in the format of annformer (format {config.fo
 ```python
 import annformer as af
 
-model = af.ScGPT.from_pretrained("this folder")
-af.embed(adata, model)
+{_USES.get(str(config.provenance.get("task")), _USES[""])}
 ```
 
 For research. What the model was trained on limits what it knows: check it against a simple method on your own cells.
@@ -331,6 +330,12 @@ def locate(source: str | Path) -> Path:
     raise input_error(found, f"a folder, 'org/repository' on the Hugging Face Hub, or one of {', '.join(known)}", remedy)
 
 
+_USES = {
+    "": 'model = af.ScGPT.from_pretrained("this folder")\naf.embed(adata, model)',
+    "annotation": 'af.CellTypeClassifier.load("this folder").predict(adata)  # obs["predicted_cell_type"]',
+    "integration": 'af.BatchIntegrator.load("this folder").transform(adata)  # obsm["X_annformer"]',
+}
+"""What the card of a model shows, by the task that it was fine-tuned for."""
 _Read = tuple[ModelFolderConfig, GeneVocab, Mapping[str, Tensor]]
 
 

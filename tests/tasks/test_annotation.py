@@ -400,3 +400,13 @@ def test_nothing_is_said_of_a_cell_without_genes(fitted, query):
     assert np.isnan(row["predicted_cell_type_confidence"])
     assert row["predicted_cell_type_set"] == ""
     assert cells.obs["predicted_cell_type_confidence"].notna().sum() == 5
+
+
+def test_a_classifier_says_how_it_is_used(fitted, tmp_path):
+    fitted.save(tmp_path / "types")
+    assert "CellTypeClassifier.load" in (tmp_path / "types" / "README.md").read_text(encoding="utf-8")
+
+
+def test_probabilities_are_of_cells_in_memory(fitted):
+    with pytest.raises(InputError, match="read it with anndata"):
+        fitted.predict_proba("cells.h5ad")

@@ -321,8 +321,8 @@ class CellTypeClassifier:
         coverage
             Share of the cells, if they are like those of the reference, whose set holds their type.
         allow_empty
-            Leave sets empty where no type fits as well as it does in that share of the reference: then the share is kept exactly. False:
-            such a cell gets the type that it is called, and more cells than asked for are covered.
+            Leave sets empty where no type fits as well as it does in that share of the reference: then the share is kept, or a little
+            more than that where nearly every call is right. False: such a cell gets the type that it is called, and more cells are covered.
         """
         require_coverage(coverage)
         answer = self._answered(adata, {"embedding": embedding, "progress": progress})
@@ -388,6 +388,7 @@ class CellTypeClassifier:
 
     def _answered(self, adata: AnnData, how: How) -> Answer:
         self._require_fitted()
+        check_target(adata, copy=False)
         with self._cells(adata, how) as cells:
             return self._answer(cells)
 
