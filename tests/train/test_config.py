@@ -39,7 +39,6 @@ def test_what_a_recipe_says_is_what_it_reads_back():
         ("train: {mode: hide, asked_shares: [0]}", "asks for nothing"),
         ("train: {asked_shares: [0]}", "asks for nothing"),
         ("objectives: {a: {kind: gep}, b: {kind: gep, loss: ce}}", "more than one objective of the kind gep"),
-        ("model: {n_batches: 2, batch_context: true}", "learned by fine-tuning"),
         ("model: {width: 30, n_heads: 4}", "multiple of n_heads"),
         ("train: {asked_shares: [0.5, 1.5]}", "asked_shares.1"),
         ("objectives: {}", "objectives"),

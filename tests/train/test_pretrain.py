@@ -223,6 +223,12 @@ def test_a_refused_start_leaves_nothing(planted, vocab, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_with_batches_is_refused(planted, vocab):
+    config = recipe()
+    with pytest.raises(InputError, match="they are learned by fine-tuning"):
+        prepare_data(planted, vocab, config.with_(model=config.model | {"n_batches": 2, "batch_context": True}))
+
+
 @pytest.mark.parametrize("objective", [{"kind": "cls", "n_classes": 3}, {"kind": "dar", "n_batches": 2}, {"kind": "anchor"}])
 def test_objectives_that_learn_from_labels_are_refused(planted, vocab, objective):
     config = recipe()

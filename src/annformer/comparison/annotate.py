@@ -207,7 +207,7 @@ def _judged(
         history=pd.DataFrame(),
         facts=facts,
         sentence=sentence(verdicts, means, scoring.JUDGED),
-        notes=caveats(len(hard.seeds)) + held_against(verdicts, HELD_AGAINST, "macro_f1"),
+        notes=held_against(verdicts, HELD_AGAINST, "macro_f1") + caveats(len(hard.seeds)),
         judged=tuple(scoring.JUDGED),
         more_tables={
             "scores.csv": scores,

@@ -221,7 +221,7 @@ def compare_integration(
         history=log_of(runs),
         facts=facts,
         sentence=sentence(verdicts, means),
-        notes=caveats(len(seeds)) + held_against(verdicts, HELD_AGAINST),
+        notes=held_against(verdicts, HELD_AGAINST) + caveats(len(seeds)),
     )
 
 

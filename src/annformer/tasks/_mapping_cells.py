@@ -41,7 +41,8 @@ def labelled(source: AnnDataSource, label_key: str) -> tuple[Int[np.ndarray, "ce
     rows = np.flatnonzero(~np.isin(text, ("", UNASSIGNED, *UNLABELLED)))
     labels = text[rows]
     if not len(rows):
-        found = f"obs[{label_key!r}] of {source.name} holds no label: {len(text):,} cells have none, or {UNLABELLED[0]!r}"
+        none = "'unlabelled' or 'unknown'"
+        found = f"obs[{label_key!r}] of {source.name} holds no label: {len(text):,} cells have none, or {none}"
         raise input_error(found, "the type of the cells of the reference", "choose another column (label_key)")
     n_classes = len(pd.unique(labels))
     if n_classes > max(MANY, len(rows) // 2):

@@ -156,10 +156,7 @@ class PretrainConfig(Config):
     @field_validator("model")
     @classmethod
     def _is_a_network(cls, value: dict[str, Any]) -> dict[str, Any]:
-        model = ModelConfig.model_validate({"vocab_size": 1} | value)
-        if model.n_batches or model.batch_context:
-            msg = "batches (n_batches, batch_context) are learned by fine-tuning, not by pretraining: leave them out"
-            raise ValueError(msg)
+        ModelConfig.model_validate({"vocab_size": 1} | value)
         return value
 
     @classmethod

@@ -175,7 +175,11 @@ def _data(source: CellSource, vocab: GeneVocab, config: PretrainConfig) -> CellD
         found = f"the recipe has {named}, which learn from labels, or from what integration prepares"
         expected = f"objectives that need cells only: {', '.join(_WITHOUT_LABELS)}"
         raise input_error(found, expected, "leave them out here; `annformer annotate` and `annformer integrate` train with them")
-    return CellDataModule(source, vocab, config.tokenizer, config.train, profile=config.network(vocab).profile)
+    network = config.network(vocab)
+    if network.n_batches or network.batch_context:
+        found = "model.n_batches or model.batch_context in the recipe"
+        raise input_error(found, "none: they are learned by fine-tuning", "leave them out here; see `annformer integrate`")
+    return CellDataModule(source, vocab, config.tokenizer, config.train, profile=network.profile)
 
 
 def _rare_genes(data: CellDataModule, min_cells: int) -> frozenset[str]:
