@@ -20,6 +20,8 @@ from annformer.vocab import GeneVocab
 MAX_SHARDS: Final = 256
 """Shards are larger rather than more: every process that reads a store keeps each of them open."""
 
+MOST_BYTES: Final = 2**33
+"""Of a bucket: some 2^30 values, which are numbered by 32 bits. More memory than four times this is not used."""
 LABELS: Final = ("study", "tissue", "assay", "cell_type", "batch")
 """Label columns of a store unless others are named; cells without them are of unknown ones."""
 
@@ -91,7 +93,8 @@ def make_plan(
     HeldOut(held, vocab).close()  # opened now, so that a file that cannot be used is met before the work
     columns = tuple(dict.fromkeys(("study", *columns)))
     n_bytes = 8 * n_values + sum(n_cells) * (16 + 4 * len(columns))
-    bucket_bytes = max(1, int(memory_gb * 1e9 / 4))  # a bucket and its sorted copy, or as many cells that wait to be written, and some air
+    most = min(int(memory_gb * 1e9 / 4), MOST_BYTES)
+    bucket_bytes = max(1, most)  # a bucket and its sorted copy, or as many cells that wait to be written, and some air
     n_buckets = -(-n_bytes // bucket_bytes)
     n_shards = min(n_buckets, MAX_SHARDS, -(-n_bytes // shard_bytes))
     return Plan(
