@@ -265,6 +265,19 @@ def test_a_stopped_fit_ends_as_an_unbroken_one_and_another_is_refused(model, cel
             BatchIntegrator(model, batch_key="batch", recipe=config, threads=1, **other).fit(cells, folder=tmp_path / "run")
 
 
+def test_a_start_that_fails_leaves_the_folder_as_it_was(model, cells, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    for name in ("mine", "new"):
+        with pytest.raises(InputError, match="threads is -1"):
+            BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=-1).fit(cells, folder=tmp_path / name)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+    assert not (tmp_path / "new").exists()
+    again = BatchIntegrator(model, batch_key="batch", recipe=RECIPE, threads=-1, seed=3)  # other work finds nothing in its way
+    with pytest.raises(InputError, match="threads is -1"):
+        again.fit(cells, folder=tmp_path / "mine")
+
+
 def test_stopped_without_a_folder_it_does_not_say_that_something_is_kept(model, cells, monkeypatch):
     from annformer.train import fit as fitting
 

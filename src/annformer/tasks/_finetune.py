@@ -21,7 +21,7 @@ from annformer.durations import in_words
 from annformer.errors import input_error
 from annformer.scgpt import ModelFolderConfig, ScGPT
 from annformer.tasks._threads import torch_threads
-from annformer.train.checkpoint import FOLDER, newest
+from annformer.train.checkpoint import FOLDER
 from annformer.train.config import Machine
 from annformer.train.datamodule import CellDataModule
 from annformer.train.estimate import FORWARD_SHARE, forward_tokens, measure
@@ -144,9 +144,10 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
             remedy = "begin again; with fit(..., folder=...), as the commands do it, the next call goes on where this one stopped"
             raise RunStopped(str(input_error(found, "to run to the end", remedy))) from None
         return
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(job, sort_keys=True)
-    if (folder / JOB).is_file() and newest(folder / FOLDER) is not None:  # what stopped before the first checkpoint has nothing to lose
+    if (folder / JOB).is_file() and _has_checkpoints(folder):  # what stopped before the first one has nothing to lose
         if (folder / JOB).read_text(encoding="utf-8") != text:
             found = f"{folder} holds the training of other cells, or with another model, recipe or seed"
             raise input_error(found, "the same call as before, to go on with", "repeat that call, or begin anew (--overwrite)")
@@ -155,6 +156,10 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if newest(folder / FOLDER) is None:  # nothing to go on from
+        if new and not _has_checkpoints(folder):  # nothing to go on from; a folder that was there may hold other things
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / FOLDER).glob("*.ckpt"))
