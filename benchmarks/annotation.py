@@ -18,7 +18,7 @@ import pandas as pd
 from _timing import machine, print_table
 from annformer.cli.compare import write
 from annformer.comparison.annotate import compare_annotation
-from integration import read
+from integration import means_of, read
 
 SETS = {
     "lymphnode_11types": None,
@@ -67,7 +67,7 @@ def show(out: Path, name: str) -> None:
     """Print what stands in the folder of a set."""
     scores = pd.read_csv(out / name / "scores.csv")
     for split, part in scores.groupby("split", sort=False):
-        means = part.groupby(["method", "kind"], sort=False)[[column for column in SHOWN if column in part]].mean().reset_index()
+        means = means_of(part, SHOWN)
         means.insert(1, "seeds", part.groupby("method", sort=False).size().reindex(means["method"]).to_numpy())
         table = means.sort_values("macro_f1", ascending=False).drop(columns="kind").round(3)
         print_table(f"{name}, {split}", [str(column) for column in table], table.to_numpy().tolist())

@@ -77,6 +77,12 @@ class TestStudies:
         write_mtx(tiny_adata(6), tmp_path / "more" / "patient2" / "filtered")
         found = find_studies([tmp_path])
         assert study_names(found) == ["blood", "lung", "patient1/filtered", "patient2/filtered", "skin"]
+        write_mtx(tiny_adata(5), tmp_path / "more" / "patient1" / "p1_filtered_feature_bc_matrix")
+        write_mtx(tiny_adata(7), tmp_path / "more" / "patient1" / "p1_raw_feature_bc_matrix")  # the same cells and empty droplets
+        write_mtx(tiny_adata(7), tmp_path / "more" / "patient2" / "raw_feature_bc_matrix")  # all there is
+        names = study_names(find_studies([tmp_path / "more"]))
+        assert "p1_filtered_feature_bc_matrix" in names and "p1_raw_feature_bc_matrix" not in names
+        assert "raw_feature_bc_matrix" in names
         (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match="holds no cells"):
             find_studies([tmp_path / "empty"])

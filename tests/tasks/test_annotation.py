@@ -153,7 +153,11 @@ def test_a_cell_without_genes_has_no_type(fitted, query):
     cells = query[:3].copy()
     cells.X = csr_matrix(np.vstack([np.zeros((1, cells.n_vars)), cells.X[1:].toarray()]).astype(np.float32))
     obs = fitted.predict(cells, unassigned_above=None, copy=True).obs
-    assert obs["predicted_cell_type"].iloc[0] == UNASSIGNED and obs["predicted_cell_type_novelty"].iloc[0] == 1
+    row = obs.iloc[0]
+    assert row["predicted_cell_type"] == row["predicted_cell_type_by_expression"] == UNASSIGNED
+    assert row["predicted_cell_type_novelty"] == 1
+    assert row["predicted_cell_type_set"] == ""
+    assert obs["predicted_cell_type_confidence"].isna().tolist() == [True, False, False]
     assert UNASSIGNED not in set(obs["predicted_cell_type"].iloc[1:])
 
 
@@ -162,6 +166,8 @@ def test_clusters_vote(fitted, query):
     cells.obs["cluster"] = query.obs["cell_type"].astype(str)
     fitted.predict(cells, cluster_key="cluster")
     assert accuracy(cells.obs, query, "predicted_cell_type_majority") == 1
+    fitted.predict(cells)
+    assert "predicted_cell_type_majority" not in cells.obs  # it would tell of the earlier call
 
 
 def test_a_prediction_does_not_depend_on_the_other_cells_or_their_order(fitted, query):
@@ -387,19 +393,6 @@ def test_numbers_out_of_range_are_refused(fitted, query):
 @pytest.mark.parametrize("name", AnnotationRecipe.shipped)
 def test_shipped_recipes_are_complete(name):
     assert AnnotationRecipe.named(name).tuning in ("frozen", "full")
-
-
-def test_nothing_is_said_of_a_cell_without_genes(fitted, query):
-    cells = query[:6].copy()
-    counts = cells.X.toarray()
-    counts[2] = 0
-    cells.X = csr_matrix(counts)
-    fitted.predict(cells)
-    row = cells.obs.iloc[2]
-    assert row["predicted_cell_type"] == row["predicted_cell_type_by_expression"] == "unassigned"
-    assert np.isnan(row["predicted_cell_type_confidence"])
-    assert row["predicted_cell_type_set"] == ""
-    assert cells.obs["predicted_cell_type_confidence"].notna().sum() == 5
 
 
 def test_a_classifier_says_how_it_is_used(fitted, tmp_path):

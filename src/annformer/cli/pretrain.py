@@ -81,7 +81,7 @@ def command(
     machine = Machine.read(given, where="the options")
     if price_per_hour is not None and price_per_hour < 0:
         found = f"--price_per_hour {price_per_hour:g}"
-        raise input_error(found, "0 or more", "give what an hour of all devices costs")
+        raise input_error(found, "0 or more", "give what an hour of one device (of a node, on CPUs) costs")
     if plan:
         from annformer.train.estimate import estimate
 

@@ -63,7 +63,7 @@ class Kept:
 
     def __init__(self, folder: str | Path | None, job: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.job = dict(job)
+        self._job = dict(job)
 
     def get(self, kind: type[AnyResult], make: Callable[[], tuple[AnyResult, float, float]], **run: Any) -> tuple[AnyResult, float, float]:
         """Return what an earlier run left, or else make it and keep it: result, seconds, memory in MB.
@@ -96,7 +96,7 @@ class Kept:
         return None if self.folder is None else self.folder / self._name(run)
 
     def _name(self, run: Mapping[str, Any]) -> str:
-        asked = {**self.job, "versions": installed(RESULTS_FOLLOW), "annformer": _code(), **run}
+        asked = {**self._job, "versions": installed(RESULTS_FOLLOW), "annformer": _code(), **run}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["ours", "floor", "control"]
 SECONDS: Final = "seconds"
+"""File in the folder of a run that goes on: what it took before it was stopped."""
 SAMPLED_EVERY = 0.02
 """Seconds between two looks at the memory."""
 

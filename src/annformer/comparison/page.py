@@ -129,7 +129,7 @@ def _summary(comparison: Comparison) -> str:
     n_floors = int((comparison.means()["kind"] == "floor").sum())
     return (
         f"{int(counted.to_numpy().sum()):,} cells of {counted.shape[1]} batches, {comparison.per_label['label'].nunique()} types. "
-        f"{n_floors} baselines got the same cells; no method saw a type."
+        f"{n_floors} baseline{'s' * (n_floors > 1)} got the same cells; no method saw a type."
     )
 
 

@@ -78,7 +78,7 @@ def _inside(folder: Path) -> Iterator[Path]:
     paths = sorted(folder.iterdir())
     names = {path.name for path in paths}
     for path in paths:
-        if "raw_feature_bc_matrix" in path.name and (cells := path.name.replace("raw_", "filtered_")) in names:
+        if "raw_feature_bc_matrix" in path.name and (cells := path.name.replace("raw_feature", "filtered_feature")) in names:
             log.warning("left out %s, which holds empty droplets too: the cells are in %s", path, cells)
         elif path.is_dir():
             yield from (path,) if _is_data(path) else _inside(path)

@@ -47,6 +47,17 @@ class _Part(NamedTuple):
     """Of every label column, `source` and `row`."""
 
 
+class _Slots(NamedTuple):
+    """The genes of a store over another vocabulary."""
+
+    slots: Int[np.ndarray, "token"]
+    """For every id of the store its place among the genes that the vocabulary has, or -1."""
+    gene_ids: Int[np.ndarray, "gene"]
+    """Ids of these genes in the vocabulary."""
+    in_order: bool
+    """Every slot has one gene of the store, and these stand in the order of their slots."""
+
+
 class StoreSource:
     """Cells of a store, in any order, at the speed of copying them.
 
@@ -78,7 +89,7 @@ class StoreSource:
         found, told = int(self._starts[-1]), self.manifest.n_cells
         if found != told:
             raise _damaged(self.path, f"its shards hold {found:,} cells, its manifest says {told:,}")
-        self._tables: dict[GeneVocab, tuple[np.ndarray, np.ndarray]] = {}
+        self._tables: dict[GeneVocab, _Slots] = {}
         self._measured: dict[GeneVocab, np.ndarray | None] = {}
 
     def __reduce__(self) -> tuple[type[StoreSource], tuple[Path]]:
@@ -96,7 +107,7 @@ class StoreSource:
 
     def lengths_over(self, vocab: GeneVocab) -> Int[np.ndarray, "cell"]:
         """Expressed genes of every cell that `vocab` has, counted by going through the store once."""
-        slots, gene_ids = self._slots(vocab)
+        slots, gene_ids, _ = self._slots(vocab)
         return np.concatenate([_distinct(part.offsets, part.gene_ids, slots, len(gene_ids)) for part in self._parts])
 
     def n_measured_over(self, vocab: GeneVocab) -> Int[np.ndarray, "cell"]:
@@ -238,8 +249,8 @@ class StoreSource:
         if self._is_own(vocab):
             counts, gene_ids = stored, np.arange(len(self.vocab.genes))
         else:
-            slots, gene_ids = self._slots(vocab)
-            if _in_order(slots):  # genes are left out, and no others change places: nothing to sort or to add up
+            slots, gene_ids, in_order = self._slots(vocab)
+            if in_order:  # genes are left out, and no others change places: nothing to sort or to add up
                 counts = Rows(*_without(stored.indptr, stored.indices, stored.data, slots))
             else:
                 changed = collapse(stored, slots, len(gene_ids))
@@ -257,15 +268,15 @@ class StoreSource:
         """Whether all special tokens stand behind the genes: then ids are columns, and no special token is among the columns."""
         return bool(self.vocab.is_gene[: len(self.vocab.genes)].all())
 
-    def _slots(self, vocab: GeneVocab) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "gene"]]:
-        """For every id of the store its place among the genes that `vocab` has, and the ids of these."""
+    def _slots(self, vocab: GeneVocab) -> _Slots:
+        """Find, once for every vocabulary, where the genes of the store stand among those that `vocab` has."""
         if vocab not in self._tables:
             ids = np.full(len(self.vocab), -1, dtype=np.int64)
             ids[self.vocab.is_gene] = self.match(vocab).ids
             gene_ids, place = np.unique(ids[ids >= 0], return_inverse=True)
             slots = np.full(len(ids), -1, dtype=np.int32)
             slots[ids >= 0] = place
-            self._tables[vocab] = slots, gene_ids
+            self._tables[vocab] = _Slots(slots, gene_ids, bool((np.diff(place) > 0).all()))
         return self._tables[vocab]
 
     def _measured_over(self, vocab: GeneVocab) -> Bool[np.ndarray, "source gene"] | None:
@@ -284,7 +295,7 @@ class StoreSource:
             raise _damaged(self.path, f"its file {file} cannot be read ({error})") from error
         if self._is_own(vocab):
             return np.ascontiguousarray(tokens[:, : len(self.vocab.genes)])
-        slots, gene_ids = self._slots(vocab)
+        slots, gene_ids, _ = self._slots(vocab)
         genes = np.zeros((n_sources, len(gene_ids)), dtype=bool)
         source, token = np.nonzero(tokens & (slots >= 0))
         genes[source, slots[token]] = True
@@ -293,11 +304,6 @@ class StoreSource:
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
-
-
-def _in_order(slots: Int[np.ndarray, "token"]) -> bool:
-    """Whether every slot has one gene, and these stand in the order of their slots."""
-    return bool((np.diff(slots[slots >= 0]) > 0).all())
 
 
 @jit

@@ -22,6 +22,7 @@ MAX_SHARDS: Final = 256
 
 MOST_BYTES: Final = 2**33
 """Of a bucket: some 2^30 values, which are numbered by 32 bits. More memory than four times this is not used."""
+
 LABELS: Final = ("study", "tissue", "assay", "cell_type", "batch")
 """Label columns of a store unless others are named; cells without them are of unknown ones."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,14 +51,19 @@ def put(adata: AnnData, key_added: str, result: np.ndarray | pd.DataFrame, recor
     return target
 
 
-def put_columns(adata: AnnData, key_added: str, columns: pd.DataFrame, record: dict[str, Any], *, copy: bool) -> AnnData:
-    """Write `columns` into obs, and `uns["annformer"][key_added]`, of `adata` or a copy of it, which is returned."""
+def put_columns(
+    adata: AnnData, key_added: str, columns: pd.DataFrame, record: dict[str, Any], *, copy: bool, optional: Sequence[str] = ()
+) -> AnnData:
+    """Write `columns` into obs, and `uns["annformer"][key_added]`, of `adata` or a copy of it, which is returned.
+
+    Of the `optional` columns those that an earlier call with the same `key_added` has left, and this one does not write, are removed.
+    """
     target = adata.copy() if copy else adata
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)
-        stale = f"{key_added}_majority"  # of an earlier call, with clusters
-        if stale in target.obs and stale not in columns and key_added in target.uns.get("annformer", {}):
-            del target.obs[stale]
+        if key_added in target.uns.get("annformer", {}):
+            for left in (name for name in optional if name in target.obs and name not in columns):
+                del target.obs[left]
         for name in columns:
             target.obs[name] = columns[name].array
     target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}

@@ -258,7 +258,8 @@ class CellTypeClassifier:
         check_target(adata, copy=copy)
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             table = self._columns(cells, coverage, unassigned_above, cluster_key)
-        target = put_columns(adata, key_added, table.add_prefix(key_added), self._record(coverage, unassigned_above), copy=copy)
+        record, optional = self._record(coverage, unassigned_above), (f"{key_added}_majority",)
+        target = put_columns(adata, key_added, table.add_prefix(key_added), record, copy=copy, optional=optional)
         return target if copy else None
 
     def predict_file(
@@ -406,7 +407,6 @@ class CellTypeClassifier:
         return fitted.answer(linear, network, far)
 
     def _columns(self, cells: Cells, coverage: float, unassigned_above: float | None, cluster_key: str | None) -> pd.DataFrame:
-        require_coverage(coverage)
         clusters = None if cluster_key is None else cells.source.codes("cluster", cluster_key)
         answer = self._answer(cells)
         sets = self._classifier.stack.sets(answer.log_probabilities, coverage)

@@ -55,7 +55,7 @@ class Estimate:
     working_bytes: int
     """Activations and whatever else a turn takes beyond the parameters' own."""
     free_bytes: int
-    """Memory that the device has left."""
+    """Memory that the device had left before anything was measured."""
     n_devices: int
     n_apart: int
     """Devices that compute at the same time: GPUs, or the nodes of a run on CPUs, where the processes of a node share its cores."""
@@ -108,6 +108,7 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
     assert isinstance(source, StoreSource), "estimates are made for stores"
     require_same_norm(machine, config.network(source.vocab))
     device = device_of(machine)
+    free = free_bytes(device)
     data = prepare_data(source, source.vocab, config)
     model = new_model(data.vocab, config).to(device)
     of_node = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -133,7 +134,7 @@ def estimate(source: CellSource, config: PretrainConfig, machine: Machine, *, pr
         validation_seconds=found.seconds / found.n_tokens * forward_tokens(data) * FORWARD_SHARE / n_apart,
         mfu=found.flops / found.seconds / peak_flops(device, config.train.precision),
         working_bytes=found.working_bytes,
-        free_bytes=free_bytes(device),
+        free_bytes=free,
         n_devices=n_devices,
         n_apart=n_apart,
         price_per_hour=price_per_hour,
@@ -147,7 +148,7 @@ class Measured(NamedTuple):
     seconds: float
     """From batches to new weights."""
     loading_seconds: float
-    """Reading and tokenizing the batches, by all processes that do so together."""
+    """What reading and tokenizing the batches adds to that: nothing where loading processes keep up."""
     working_bytes: int
     """What a whole turn takes beyond the parameters' own."""
     flops: float
