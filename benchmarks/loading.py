@@ -3,7 +3,8 @@
     python benchmarks/loading.py [--store STORE] [--cells 100000] [--tokens_per_step 65536]
 
 The first table is about calls: 64 cells at a time. The second is about steps as a run has them: rows from the plan, reading, tokenizing,
-packing, asking, and with loading processes the way to the training process.
+packing, asking, and with loading processes the way to the training process. The third is about what recipes add: genes that are left out
+because too few cells express them, and a profile of each cell; made in the training process, in turn.
 
 Without a store one is made of synthetic counts (20,000 genes, about 1,885 expressed in a cell) in a temporary folder: one shard of 4,096
 cells, listed so often that the store has the cells asked for. That is enough for the clock, as all of it lies in the page cache; a store
@@ -26,12 +27,14 @@ import pyarrow as pa
 import torch
 
 from _timing import Timing, alternate, machine, print_table
+from annformer.cli.pretrain import read_recipe
 from annformer.data.store import MANIFEST, StoreSource
 from annformer.data.store_writer import write_store
 from annformer.genes import table_vocab
 from annformer.tokenizer import TokenizerSettings, tokenize
 from annformer.train.config import TrainConfig
 from annformer.train.datamodule import CellDataModule
+from annformer.train.pretrain import prepare_data
 from tokenizer import N_GENES, synthetic_counts
 
 CELLS, CALLS, SHARD_CELLS = 64, 16, 4096
@@ -109,21 +112,48 @@ def table_rows(took: dict[str, Timing]) -> list[list[object]]:
 class Steps:
     """Takes the steps of a run one after another, `STEPS` in every round."""
 
-    def __init__(self, store: StoreSource, tokens_per_step: int, workers: int) -> None:
-        config = TrainConfig(epochs=1000, tokens_per_step=tokens_per_step, tokens_per_forward=32_768, workers=workers)
-        self.data = CellDataModule(store, store.vocab, TokenizerSettings(), config)
-        self.items = iter(self.data.train_dataloader()) if workers else ((step, self.data.step_batches(step)) for step in range(10**9))
+    def __init__(self, data: CellDataModule) -> None:
+        self.data, workers = data, data.config.workers
+        self.items = iter(data.train_dataloader()) if workers else ((step, data.step_batches(step)) for step in range(10**9))
         self.cells: list[int] = []
 
     def __call__(self, _round: int) -> None:
         self.cells.append(sum(tokens.n_cells for _ in range(STEPS) for tokens in next(self.items)[1]))
 
 
+def training(tokens_per_step: int, **others: object) -> TrainConfig:
+    return TrainConfig(epochs=1000, tokens_per_step=tokens_per_step, tokens_per_forward=32_768, **others)
+
+
+def recipe_rows(store: StoreSource, tokens_per_step: int, rounds: int) -> list[list[object]]:
+    """What recipes add to the steps of the table above."""
+    base = read_recipe("pretrain-base", [])
+    common = prepare_data(store, store.vocab, base).vocab
+    short = {"max_length": base.train.max_length, "min_genes": base.train.min_genes}
+    longest = base.tokenizer.max_length
+    kinds = {
+        "as above": (store.vocab, False, {}),
+        f"genes of fewer than {base.min_cells} cells left out": (common, False, {}),
+        f"and a profile, up to {longest:,} tokens a cell": (common, True, {}),
+        f"and a profile, up to {base.train.max_length:,} tokens: pretrain-base": (common, True, short),
+    }
+    steps = {
+        name: Steps(CellDataModule(store, vocab, base.tokenizer, training(tokens_per_step, **others), profile=profile))
+        for name, (vocab, profile, others) in kinds.items()
+    }
+    took = alternate(steps, n=rounds, warm_up=2)
+    rows = []
+    for name, one in steps.items():
+        wall, cpu = sum(one.cells[2:]) / sum(took[name].wall), sum(one.cells[2:]) / sum(took[name].cpu)
+        rows.append([name, sum(one.cells) / len(one.cells) / STEPS, wall, cpu, BAR, wall >= BAR])
+    return rows
+
+
 def step_rows(store: StoreSource, tokens_per_step: int, rounds: int) -> list[list[object]]:
     """Each way by itself: loading processes that wait for their turn would have worked ahead."""
     rows = []
     for workers in (0, 1, 2):
-        steps = Steps(store, tokens_per_step, workers)
+        steps = Steps(CellDataModule(store, store.vocab, TokenizerSettings(), training(tokens_per_step, workers=workers)))
         took = alternate({"": steps}, n=rounds, warm_up=2)[""]
         rates = sorted(cells / seconds for cells, seconds in zip(steps.cells[2:], took.wall, strict=True))
         wall = rates[len(rates) // 2]
@@ -152,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tokens in options.tokens_per_step:
             columns = ["loading processes", "cells/step", "cells/s", "cells/CPU-s of the training process", "bar", "met"]
             print_table(f"Training batches, {tokens:,} tokens a step.", columns, step_rows(store, tokens, options.rounds))
+            columns = ["cells are read", "cells/step", "cells/s", "cells/CPU-s", "bar", "met"]
+            print_table(f"As recipes read, {tokens:,} tokens a step.", columns, recipe_rows(store, tokens, options.rounds))
     print(f"\nMedians of {options.rounds} alternating rounds; `Table.take` over at most 100 shards. {machine()}.")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 import types
 import warnings
 
@@ -34,6 +35,22 @@ def failing(error: BaseException):
         raise error
 
     return action
+
+
+def test_ctrl_c_while_an_object_is_taken_apart_is_not_lost(command, capsys):
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def action():
+        Slow()
+        time.sleep(30)
+
+    command(action)
+    began = time.monotonic()
+    assert run("work", []) == 2
+    assert time.monotonic() - began < 15
+    assert "Ctrl-C" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,21 @@ def test_the_cell_embedding_is_cls_and_a_linear_reading_of_all_genes(profiled, t
     assert torch.equal(few.profile.levels, tokens.profile.levels)
 
 
+def test_levels_of_counts_large_and_small_and_of_other_numbers(tiny_vocab, tiny_model):
+    values = np.zeros((3, len(tiny_vocab.genes)), np.float32)
+    values[0, :4], values[1, :5], values[2, :3] = [1, 255, 256, 70_000], [0.25, 1.5, 2, 2, 300.75], [1, 1, 2]
+    cells = next(
+        AnnDataSource(ad.AnnData(sp.csr_matrix(values), var={"names": list(tiny_vocab.genes)}), gene_key="names").batches(
+            3, vocab=tiny_vocab
+        )
+    )
+    profile = tokenize(cells, tiny_model.tokenizer, cls_id=tiny_vocab.cls_id, profile=True).profile
+    expected = dense(cells, len(tiny_vocab))
+    cell = torch.repeat_interleave(torch.arange(3), profile.offsets.diff()).numpy()
+    assert len(cell) == 12
+    np.testing.assert_allclose(profile.levels, expected[cell, profile.gene_ids], rtol=1e-6)
+
+
 def test_it_begins_at_nothing(cells, tiny_model, tiny_vocab):
     profile = tokenize(cells, tiny_model.tokenizer, cls_id=tiny_vocab.cls_id, profile=True).profile
     assert torch.equal(ExpressionProfile(len(tiny_vocab), 8)(profile), torch.zeros(60, 8))

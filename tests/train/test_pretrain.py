@@ -223,6 +223,15 @@ def test_a_refused_start_leaves_nothing(planted, vocab, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_cce_without_dropout_is_said_to_contrast_nothing(planted, vocab, tmp_path, caplog, dropout):
+    config = recipe(tokens_per_step=10)  # refused soon after
+    config = config.with_(objectives={"gep": {"kind": "gep"}, "mine": {"kind": "cce"}}, model=SMALL | {"dropout": dropout})
+    with pytest.raises(InputError, match="tokens_per_step"):
+        pretrain(planted, vocab, config, tmp_path / "run")
+    assert ("both will be the same" in caplog.text) == (dropout == 0)
+
+
 def test_a_network_with_batches_is_refused(planted, vocab):
     config = recipe()
     with pytest.raises(InputError, match="they are learned by fine-tuning"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ from annformer.errors import AnnformerWarning
 
 log = logging.getLogger("annformer")
 
+SOON = 0.05
+"""Seconds after which a Ctrl-C that was dropped is said again."""
+
 
 def run(name: str, words: list[str]) -> int:
     """Call the command `name`, such as "embed" or "map fit", with `words`; every way in which that can end is an exit status.
@@ -25,7 +30,7 @@ def run(name: str, words: list[str]) -> int:
     """
     debug, quiet = "--debug" in words, "--quiet" in words
     words = [word for word in words if word not in ("--debug", "--quiet")]
-    with _logging(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO), _warnings(others=debug):
+    with _logging(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO), _warnings(others=debug), _ctrl_c_heard():
         try:
             module, _, inner = name.partition(" ")
             command: Callable[..., int | None] = getattr(import_module(f"annformer.cli.{module}"), inner or "command")
@@ -72,6 +77,24 @@ def _logging(level: int) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(before)
+
+
+@contextmanager
+def _ctrl_c_heard() -> Iterator[None]:
+    """Say Ctrl-C once more where Python dropped it: what is raised while an object is taken apart is printed and forgotten."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from annformer.tokens import CellBatch, Measured, Profile, TokenBatch
 
 LIBRARY_SIZE = 1e4
 """Counts that every cell is scaled to before the logarithm."""
+_SMALL = 256
+"""Whole numbers below it are looked up."""
 
 
 def tokenize(
@@ -88,12 +90,34 @@ def tokenize(
 def profile_of(cells: CellBatch) -> Profile:
     """log(1 + 10,000 x count / library size) of every expressed gene of every cell; logarithms are undone first."""
     counts, gene_ids, _ = _in_vocabulary_order(cells.in_counts())
-    values, each = counts.data.astype(np.float64), np.diff(counts.indptr)
     offsets = counts.indptr.astype(np.int64)
-    sums = np.add.reduceat(np.append(values, 0.0), offsets[:-1]) * (each > 0)  # reduceat gives empty cells the value of the next
-    scale = np.divide(LIBRARY_SIZE, sums, out=np.zeros_like(sums), where=sums > 0)
-    levels = np.log1p(values * np.repeat(scale, each)).astype(np.float32)
-    return Profile(torch.from_numpy(gene_ids[counts.indices]), torch.from_numpy(levels), torch.from_numpy(offsets))
+    ids, levels = _log_normalised(offsets, counts.indices, counts.data, gene_ids)
+    return Profile(torch.from_numpy(ids), torch.from_numpy(levels), torch.from_numpy(offsets))
+
+
+@jit
+def _log_normalised(
+    offsets: Int[ndarray, "cell+1"], columns: Int[ndarray, "entry"], values: Float[ndarray, "entry"], gene_ids: Int[ndarray, "gene"]
+) -> tuple[Int[ndarray, "entry"], Float[ndarray, "entry"]]:
+    """Ids of the genes and their levels. Most counts of a cell are one of few: each has its logarithm taken once."""
+    ids, levels = np.empty(len(columns), np.int64), np.empty(len(columns), np.float32)
+    known, level_of = np.full(_SMALL, -1, np.int64), np.empty(_SMALL, np.float32)
+    for cell in range(len(offsets) - 1):
+        size = 0.0
+        for i in range(offsets[cell], offsets[cell + 1]):
+            size += values[i]
+        scale = LIBRARY_SIZE / size if size > 0 else 0.0
+        for i in range(offsets[cell], offsets[cell + 1]):
+            value = values[i]
+            ids[i] = gene_ids[columns[i]]
+            if 0 <= value < _SMALL and value == int(value):
+                count = int(value)
+                if known[count] != cell:
+                    known[count], level_of[count] = cell, np.float32(np.log1p(value * scale))
+                levels[i] = level_of[count]
+            else:
+                levels[i] = np.float32(np.log1p(value * scale))
+    return ids, levels
 
 
 def panel_expression(cells: CellBatch, panel: Int[ndarray, "panel"]) -> Float[ndarray, "cell panel"]:

@@ -22,6 +22,7 @@ from annformer.data.source import CellSource
 from annformer.data.store import StoreSource
 from annformer.errors import input_error
 from annformer.inference import evaluating
+from annformer.model.config import ModelConfig
 from annformer.model.ranks import n_ranks
 from annformer.objectives.gep import GEP
 from annformer.objectives.gepc import GEPC
@@ -41,6 +42,8 @@ from annformer.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
 
+MANY = 100_000
+"""Cells whose genes take long enough to count that it should be said."""
 _WITHOUT_LABELS = ("gep", "gepc", "ecs", "cce")
 _CELLS_OF_FLOORS = 5_000
 """Training cells from which the gene means are taken."""
@@ -106,8 +109,11 @@ def pretrain(
     require_loggers(machine.loggers)
     run = RunFolder(Path(folder), config, source, vocab)
     run.check(overwrite=overwrite)
+    _say_what_contrasts_nothing(config)
     if isinstance(source, StoreSource) and is_first_on_node():
         source.verify(progress)
+    if source.n_obs > MANY:
+        log.info("counting the genes of %s cells", f"{source.n_obs:,}")
     data = prepare_data(source, vocab, config)
     model = new_model(data.vocab, config)
     joined = _has_group()
@@ -117,6 +123,13 @@ def pretrain(
     if _has_group() and not joined:  # made by the run; its threads, left alone, may abort the process when it ends
         torch.distributed.destroy_process_group()
     return done
+
+
+def _say_what_contrasts_nothing(config: PretrainConfig) -> None:
+    network = ModelConfig.model_validate({"vocab_size": 1} | config.model)
+    contrasts = any(one.kind == "cce" and one.weight for one in config.objectives.values())
+    if contrasts and not network.dropout and not network.attention_dropout:
+        log.warning("CCE tells a cell from others by two readings under dropout, and model.dropout is 0: both will be the same")
 
 
 def _has_group() -> bool:
