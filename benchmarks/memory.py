@@ -1,10 +1,10 @@
-"""Peak memory of `annformer.embed_file` against the number of cells: it should not grow with them.
+"""Peak memory of `annformer.embed_file` and of `annformer prepare` against the number of cells: it should not grow with them.
 
-    python benchmarks/memory.py [--cells 20000 200000] [--content all]
+    python benchmarks/memory.py [embed|prepare] [--cells 20000 200000] [--content all] [--memory_gb 0.05]
 
 Makes h5ad files of synthetic counts (2,000 genes, about 200 expressed in a cell) in a temporary folder, embeds each in a process of its own
-with a random network of 1 layer, 32 wide, and prints one table. What may grow with the cells is said in the last lines: the names of the
-cells and one number per cell for where its values begin.
+with a random network of 1 layer, 32 wide, or writes it as a shuffled store, and prints one table. What may grow with the cells is said in
+the last line.
 """
 
 from __future__ import annotations
@@ -19,24 +19,38 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-N_GENES, EXPRESSED, BLOCK = 2_000, 200, 2_000
-GENES = np.array([f"G{i}" for i in range(N_GENES)], dtype=object)
+from annformer.genes import table_vocab
 
-MEASURED = """
+N_GENES, EXPRESSED, BLOCK = 2_000, 200, 2_000
+GENES = np.array(table_vocab().genes[:N_GENES], dtype=object)
+
+PEAK = """
 import json, re, sys, time
 import annformer as af
 
 def peak():
     with open("/proc/self/status") as status:  # ru_maxrss would begin with the peak of the parent
         return int(re.search(r"VmHWM:\\s*(\\d+)", status.read())[1]) / 1024
-
+"""
+TOLD = """
+print(json.dumps({"before": before, "peak": peak(), "seconds": time.perf_counter() - began}))
+"""
+EMBED = """
 content, threads = sys.argv[1], int(sys.argv[2])
 model = af.ScGPT.from_pretrained("model")
 import annformer.tasks.embedding
 before, began = peak(), time.perf_counter()
 af.embed_file("cells.h5ad", "out.h5ad", model=model, content=content, threads=threads, progress=False)
-print(json.dumps({"before": before, "peak": peak(), "seconds": time.perf_counter() - began}))
 """
+PREPARE = """
+from annformer.data.store_writer import write_store
+before, began = peak(), time.perf_counter()
+write_store(["cells.h5ad"], "store", memory_gb=float(sys.argv[1]))
+"""
+HELD = {
+    "embed": "per cell are held: its name, where its values begin, whether it is empty",
+    "prepare": "per cell are held: a hash by which doubles are found, and in one bucket at a time the cells themselves",
+}
 
 
 def write_cells(path: Path, n_cells: int) -> None:
@@ -74,32 +88,37 @@ def write_model(folder: Path) -> None:
     af.ScGPT(ModelFolderConfig(model=network), vocab).save_pretrained(folder)
 
 
-def measure(n_cells: int, content: str, threads: int) -> dict[str, float]:
+def measure(what: str, n_cells: int, words: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_cells(folder / "cells.h5ad", n_cells)
-        write_model(folder / "model")
-        command = [sys.executable, "-W", "ignore", "-c", MEASURED, content, str(threads)]
+        if what == "embed":
+            write_model(folder / "model")
+        code = PEAK + {"embed": EMBED, "prepare": PREPARE}[what] + TOLD
+        command = [sys.executable, "-W", "ignore", "-c", code, *words]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         return json.loads(done.stdout) | {"file": (folder / "cells.h5ad").stat().st_size / 2**20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of embed_file against the number of cells.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["embed", "prepare"], default="embed")
     parser.add_argument("--cells", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--content", choices=["all", "embedding"], default="all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory_gb", type=float, default=0.05, help="of prepare, for one bucket")
     options = parser.parse_args()
+    words = [options.content, str(options.threads)] if options.what == "embed" else [str(options.memory_gb)]
     results = {}
     print("| cells | file MiB | before MiB | peak MiB | seconds | cells/s |\n|---|---|---|---|---|---|")
     for n in options.cells:
-        results[n] = row = measure(n, options.content, options.threads)
+        results[n] = row = measure(options.what, n, words)
         figures = f"{row['file']:.0f} | {row['before']:.0f} | {row['peak']:.0f} | {row['seconds']:.0f} | {n / row['seconds']:.0f}"
         print(f"| {n:,} | {figures} |", flush=True)
     few, many = min(results), max(results)
     growth = results[many]["peak"] - results[few]["peak"]
     print(f"\ngrowth from {few:,} to {many:,} cells: {growth:.0f} MiB, {growth * 2**20 / (many - few):.0f} bytes per cell")
-    print("per cell are held: its name, where its values begin, whether it is empty")
+    print(HELD[options.what])
 
 
 if __name__ == "__main__":
