@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -168,6 +169,39 @@ def test_clusters_vote(fitted, query):
     assert accuracy(cells.obs, query, "predicted_cell_type_majority") == 1
     fitted.predict(cells)
     assert "predicted_cell_type_majority" not in cells.obs  # it would tell of the earlier call
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_columns_of_an_earlier_prediction_go(model, reference, fitted, query, tmp_path, suffix, recorded):
+    cells = query[:50].copy()
+    cells.obs["cluster"], cells.obs["kind_donor"] = "a", "d"
+    fitted.predict(cells, cluster_key="cluster", key_added="kind")
+    if not recorded:
+        del cells.uns["annformer"]  # as anndata.concat does
+    without = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(reference)
+    read, write = {"h5ad": (anndata.read_h5ad, cells.write_h5ad), "zarr": (anndata.read_zarr, cells.write_zarr)}[suffix]
+    write(tmp_path / f"in.{suffix}")
+    without.predict_file(tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}", key_added="kind")
+    of_file = read(tmp_path / f"out.{suffix}")
+    without.predict(cells, key_added="kind")
+    ends = ("", "_confidence", "_novelty", "_set", "_by_expression")
+    for obs in (cells.obs, of_file.obs):
+        assert set(obs) == {"cell_type", "batch", "cluster", "kind_donor"} | {f"kind{end}" for end in ends}
+    mapper = af.ReferenceMapper(model, label_key="cell_type", n_neighbours=5, threads=1).fit(reference)
+    mapper.predict_file(tmp_path / f"in.{suffix}", tmp_path / f"mapped.{suffix}", key_added="kind")
+    mapper.predict(cells, key_added="kind")
+    for obs in (cells.obs, read(tmp_path / f"mapped.{suffix}").obs):
+        assert {name for name in obs if name.startswith("kind")} == {"kind", "kind_donor", "kind_share", "kind_distance", "kind_novelty"}
+
+
+def test_columns_of_the_users_own_stay(fitted, query):
+    cells = query[:20].copy()
+    cells.obs["kind"], cells.obs["kind_majority"], cells.obs["kind_share"] = "old", "mine", 1.0
+    cells.uns["annformer"] = {"kind": {"task": "embedding"}}
+    fitted.predict(cells, key_added="kind")
+    assert set(cells.obs["kind_majority"]) == {"mine"} and "kind_share" in cells.obs
 
 
 def test_a_prediction_does_not_depend_on_the_other_cells_or_their_order(fitted, query):

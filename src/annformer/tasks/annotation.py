@@ -258,8 +258,7 @@ class CellTypeClassifier:
         check_target(adata, copy=copy)
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             table = self._columns(cells, coverage, unassigned_above, cluster_key)
-        record, optional = self._record(coverage, unassigned_above), (f"{key_added}_majority",)
-        target = put_columns(adata, key_added, table.add_prefix(key_added), record, copy=copy, optional=optional)
+        target = put_columns(adata, key_added, table.add_prefix(key_added), self._record(coverage, unassigned_above), copy=copy)
         return target if copy else None
 
     def predict_file(
