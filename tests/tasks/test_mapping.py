@@ -72,7 +72,7 @@ def test_what_is_written(mapper, query):
     assert np.array_equal(query.X.toarray(), before.X.toarray())
 
 
-def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata):
+def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata, caplog):
     mapper.predict(query, unassigned_above=1.0)
     assert "unassigned" not in set(query.obs[KEY])
     foreign = tiny_adata(40, seed=9)
@@ -83,6 +83,9 @@ def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata):
     assert np.array_equal(foreign.obs[KEY] == "unassigned", novel)
     assert foreign.obs[f"{KEY}_share"].notna().all()
     assert foreign.uns["annformer"][KEY]["unassigned_above"] == 0.9
+    assert "get no label" not in caplog.text
+    mapper.predict(foreign, unassigned_above=0.0)  # the limit of a user who has not looked at the novelty
+    assert f"{(foreign.obs[KEY] == 'unassigned').sum()} of 40 cells have a novelty above 0 and get no label" in caplog.text
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

@@ -42,7 +42,7 @@ def fit(
     Parameters
     ----------
     file
-        The reference: an .h5ad or 10x .h5 file, or a .zarr folder, with counts, and the types in obs.
+        The reference: an .h5ad file or a .zarr folder, with counts, and the types in obs.
     label_key
         Column of obs with the type of every cell; cells with "unlabelled" or "unknown" are left out.
     out

@@ -62,6 +62,8 @@ def grown(index: ReferenceIndex, cells: Cells) -> ReferenceIndex:
         only = f"the reference has one label only, {larger.classes[0]!r}"
         msg = f"{only}: every cell will get it; distance and novelty still tell cells apart"
         warnings.warn(msg, AnnformerWarning, stacklevel=3)
+    if index.n_cells and (fresh := larger.classes[len(index.classes) :]):
+        log.info("labels that the reference did not have: %s", ", ".join(map(repr, fresh[:8])) + (", ..." if len(fresh) > 8 else ""))
     log.info("%s cells of %d types in the reference", f"{larger.n_cells:,}", len(larger.classes))
     return larger
 
