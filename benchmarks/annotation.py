@@ -74,6 +74,16 @@ def show(out: Path, name: str) -> None:
     verdicts = pd.read_csv(out / name / "verdicts.csv")
     for row in verdicts[verdicts["best_floor"]].itertuples():
         print(f"\n{row.score}: {row.ours} {row.verdict} {row.other} ({row.difference:+.3f}, {row.low:+.3f} to {row.high:+.3f})")
+    show_novelty(out / name, name)
+
+
+def show_novelty(folder: Path, name: str) -> None:
+    """Print how well types stand out that were left out, with 95 % intervals, where that was looked at."""
+    means = folder / "novelty_mean.csv"
+    if means.is_file() and len(mean := pd.read_csv(means)):
+        columns = ["label", "method", "n", "auroc", "low", "high"]
+        table = pd.concat([pd.read_csv(folder / "novelty.csv"), mean.assign(label="mean of types")])[columns]
+        print_table(f"{name}, novelty (AUROC) of types left out", columns, table.round(3).to_numpy().tolist())
 
 
 def main() -> None:

@@ -69,6 +69,12 @@ ANNOTATIONS = [
         ("60 values for 60 cells",),
         _with_labels(lambda adata: np.arange(adata.n_obs).astype(str)),
     ),
+    Row(
+        "types of one cell each",
+        f"{FITTED} --label_key kind",
+        ("each of the 12 types", "give more cells"),
+        lambda kit: kit.cells(lambda adata: adata.obs.__setitem__("kind", np.arange(12).astype(str)), n_obs=12),
+    ),
     Row("an unknown way of tuning", f"{FITTED} --label_key cell_type --tuning lora", ("lora", "low-rank")),
     Row("an unknown recipe to learn by", f"{FITTED} --label_key cell_type --recipe anotate", ("'anotate'", "annotate-original")),
     Row("no classifier at all", CALLED, ("'classifier'", "no model")),
@@ -87,3 +93,10 @@ ANNOTATIONS = [
     Row("a cluster_key that obs lacks", f"{CALLED} --cluster_key leiden", ("'leiden'",), _classifier),
     Row("a damaged classifier", CALLED, ("classifier.safetensors", "cannot be read"), _then(_cut)),
 ]
+
+LONELY = _with_labels(lambda adata: ["lonely", *["T", "B"] * 100][: adata.n_obs])
+FINE_ANNOTATIONS = [
+    Row("a type with one cell", f"{FITTED} --label_key kind", ("has one cell ('lonely')", "59 cells were held back"), LONELY),
+    Row("a type with one cell, in batches", f"{FITTED} --label_key kind --batch_key batch", ("has one cell ('lonely')",), LONELY),
+]
+"""Odd, but answered with exit status 0."""

@@ -95,6 +95,7 @@ MAPPINGS = [
     Row("an index with another model", MAPPED, ("not the one by which the reference was embedded",), _then(_exchange_model)),
     Row("a damaged index", MAPPED, ("damaged", "vectors.npy"), _then(_cut("vectors.npy"))),
     Row("an index of damaged labels", MAPPED, ("damaged", "cells.arrow"), _then(_cut("cells.arrow"))),
+    Row("a study that is in the index", "map add cells.h5ad --index index", ("all 60 labelled cells", "twice", "fit it again"), _fitted),
     Row("a novelty that is no share", f"{MAPPED} --unassigned_above 99", ("unassigned_above=99", "0.99"), _fitted),
     Row(
         "the table would replace a file",

@@ -17,7 +17,7 @@ import pytest
 from scipy.sparse import random as sparse_random
 
 from annformer.cli import main
-from bad_annotation import ANNOTATIONS
+from bad_annotation import ANNOTATIONS, FINE_ANNOTATIONS
 from bad_inputs import EMBED, FINE, ROWS, Kit, Row
 from bad_mapping import FINE_MAPPINGS, MAPPINGS
 
@@ -61,7 +61,7 @@ def test_mistake(row: Row, kit: Kit, capsys):
     assert snapshot(kit.folder) == before, "something was written"
 
 
-@pytest.mark.parametrize("row", FINE + FINE_MAPPINGS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", FINE + FINE_ANNOTATIONS + FINE_MAPPINGS, ids=lambda row: row.name)
 def test_odd_but_fine(row: Row, kit: Kit, capsys):
     row.make(kit)
     status = main(shlex.split(row.argv))

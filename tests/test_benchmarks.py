@@ -326,3 +326,16 @@ def test_mapping_prints_its_table(script, capsys) -> None:
     assert "60 queries, 3,000 x 16 vectors" in printed
     assert "| exact " in printed
     assert "12 of 75 lists" in printed
+
+
+def test_annotation_prints_novelty_with_intervals(script, tmp_path, capsys) -> None:
+    annotation = script("annotation")
+    annotation.show_novelty(tmp_path, "blood")  # nothing was looked at
+    assert not capsys.readouterr().out
+    ends = {"auroc": [0.8], "low": [0.71], "high": [0.9]}
+    pd.DataFrame({"label": ["T"], "method": ["annformer"], "n": [3]} | ends).to_csv(tmp_path / "novelty.csv", index=False)
+    pd.DataFrame({"method": ["annformer"], "n": [1]} | ends).to_csv(tmp_path / "novelty_mean.csv", index=False)
+    annotation.show_novelty(tmp_path, "blood")
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "| T | annformer | 3 | 0.8 | 0.71 | 0.9 |" in printed
+    assert "| mean of types | annformer | 1 | 0.8 | 0.71 | 0.9 |" in printed

@@ -40,6 +40,7 @@ def test_commands_of_a_page_run(page, tmp_path, monkeypatch, tiny_adata, tiny_mo
 
     monkeypatch.chdir(tmp_path)
     tiny_adata().write_h5ad("cells.h5ad")
+    tiny_adata(seed=1).write_h5ad("more.h5ad")
     tiny_model.save_pretrained("model")
     for line in "".join(blocks(page, "sh")).splitlines():
         words = shlex.split(line)

@@ -43,6 +43,9 @@ def test_from_reference_to_types(cells, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "classifier: 90 cells of 3 types (B cell, T cell, monocyte)" in said
     assert "on cells held back: accuracy" in said and "always the most frequent type" in said
+    held_back = CellTypeClassifier.load("classifier").held_back_
+    for part in ("expression", "network"):
+        assert f"{part} accuracy {held_back[f'{part}_accuracy']:.3f}, macro-F1 {held_back[f'{part}_macro_f1']:.3f}" in said
     assert run(PREDICT) == 0
     assert "out.h5ad: obs['predicted_cell_type'] of 30 cells: " in capsys.readouterr().out
     written, table = anndata.read_h5ad("out.h5ad").obs, pd.read_csv("out.csv", index_col="cell")

@@ -33,6 +33,7 @@ def test_from_reference_to_labels(cells, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "out.h5ad: obs['mapped_cell_type'] of 30 cells: " in out
     written, table = anndata.read_h5ad("out.h5ad").obs, pd.read_csv("out.csv", index_col="cell")
+    assert f"median share {table['mapped_cell_type_share'].median():.2f}, median novelty" in out
     assert list(table.columns) == [f"mapped_cell_type{end}" for end in ("", "_share", "_distance", "_novelty")]
     pd.testing.assert_frame_equal(
         table, written[table.columns].astype({"mapped_cell_type": table.dtypes.iloc[0]}), check_dtype=False, check_names=False
@@ -54,7 +55,9 @@ def test_an_index_grows(cells, tiny_adata, capsys):
     more.obs["cell_type"] = "platelet"
     more.write_h5ad("more.h5ad")
     assert run("map add more.h5ad --index index --threads 1") == 0
-    assert "index: 100 cells of 4 types" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "more.h5ad: 20 cells added\nindex: 100 cells of 4 types" in said.out
+    assert "labels that the reference did not have: 'platelet'" in said.err
     assert run(PREDICT) == 0
 
 

@@ -162,7 +162,11 @@ def test_coverage_counts_held_sets_and_empty_ones(cells, tiny_model):
 
 def test_novelty_is_of_types_that_were_not_learned(cells, tiny_model):
     table = table_of(cells, 0.9, {"logistic regression all genes": 0.9})
-    found = compared(cells, tiny_model, table, seeds=(0,), novelty=True).novelty
+    whole = compared(cells, tiny_model, table, seeds=(0,), novelty=True)
+    found, mean = whole.novelty, whole.novelty_mean.set_index("method")
+    assert (found[["low", "high"]].to_numpy() == found[["auroc", "auroc"]].to_numpy()).all()  # all cells of a method say the same
+    assert mean.loc[OURS].tolist() == [3, 1, 1, 1] and mean.loc["logistic regression all genes", "auroc"] == 0.5
+    assert list(whole.more_tables["novelty_mean.csv"]["method"]) == [OURS, "logistic regression all genes"]
     ours, floor = (found[found["method"] == name] for name in (OURS, "logistic regression all genes"))
     assert sorted(ours["label"]) == ["B cell", "T cell", "monocyte"]
     assert ours["n"].sum() == N_TYPED

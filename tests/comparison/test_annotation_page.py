@@ -71,6 +71,8 @@ def test_page_says_what_was_found(found, page):
         "The same methods with whole batches held out, and with cells held out at random",
         "5 cells without a type",
         "Types that nobody taught",
+        "annformer, 95 %",
+        "{:.3f} to {:.3f}".format(*found.novelty_mean.set_index("method").loc[OURS, ["low", "high"]]),
         "The scores are those of cells of batches that are new",
         "mine.h5ad",
         "<pre><code>annformer compare x</code></pre>",
@@ -148,7 +150,7 @@ def test_terminal_shows_scores_verdicts_and_the_sentence(found):
 
 def test_files_hold_every_number(found, tmp_path):
     tables = csv_tables(found)
-    others = ["confusion.csv", "coverage.csv", "novelty.csv", "reliability.csv"]
+    others = ["confusion.csv", "coverage.csv", "novelty.csv", "novelty_mean.csv", "reliability.csv"]
     assert sorted(tables) == sorted([*others, "per_type.csv", "predictions.csv", "scores.csv", "verdicts.csv"])
     for name, table in found.confusions.items():
         long = tables["confusion.csv"]

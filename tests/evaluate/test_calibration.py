@@ -15,6 +15,7 @@ from annformer.evaluate import (
     expected_calibration_error,
     interval,
     novelty_auroc,
+    novelty_auroc_on_draws,
     reliability,
 )
 
@@ -139,6 +140,28 @@ def test_novelty_auroc_is_that_of_scikit_learn():
         assert novelty_auroc(score, new) == pytest.approx(roc_auc_score(new, score))
     assert novelty_auroc(new.astype(float), new) == 1
     assert np.isnan(novelty_auroc([1.0, 2.0], [True, True]))
+
+
+def test_novelty_auroc_on_draws_is_that_of_the_drawn_cells():
+    rng = np.random.default_rng(0)
+    new = rng.random(200) < 0.3
+    score = np.round(rng.normal(size=200) + new, 1)
+    rows = [rng.integers(200, size=200) for _ in range(20)]
+    expected = [novelty_auroc(score[some], new[some]) for some in rows]
+    np.testing.assert_allclose(novelty_auroc_on_draws(score, new, iter(rows)), expected)
+    assert np.isnan(novelty_auroc_on_draws(score, new, [np.flatnonzero(new)])[0])
+
+
+def test_the_interval_of_the_novelty_auroc_covers_the_true_one():
+    rng, hit = np.random.default_rng(1), []
+    true = 0.7602  # of two normal distributions that lie one standard deviation apart
+    for _ in range(200):
+        score = np.append(rng.normal(size=60) + 1, rng.normal(size=120))
+        new = np.arange(180) < 60
+        rows = list(draws(None, new, 300, seed=0))
+        found = interval(novelty_auroc_on_draws(score, new, rows))
+        hit.append(found.low <= true <= found.high)
+    assert 0.9 <= np.mean(hit) <= 0.99
 
 
 def test_what_is_no_probability_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,6 +94,9 @@ def test_types_are_called_far_better_than_by_the_most_frequent_one(called, query
 
 def test_held_back_scores_are_near_those_of_new_cells(fitted, called, query):
     assert abs(fitted.held_back_["accuracy"] - accuracy(called, query)) < 0.06
+    for part in ("expression", "network"):
+        assert abs(fitted.held_back_[f"{part}_accuracy"] - accuracy(called, query, f"predicted_cell_type_by_{part}")) < 0.08
+        assert 0 < fitted.held_back_[f"{part}_macro_f1"] <= 1
     assert fitted.held_back_["majority_accuracy"] == pytest.approx(max(fitted.n_cells_) / sum(fitted.n_cells_))
 
 
@@ -170,6 +174,39 @@ def test_clusters_vote(fitted, query):
     assert "predicted_cell_type_majority" not in cells.obs  # it would tell of the earlier call
 
 
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_columns_of_an_earlier_prediction_go(model, reference, fitted, query, tmp_path, suffix, recorded):
+    cells = query[:50].copy()
+    cells.obs["cluster"], cells.obs["kind_donor"] = "a", "d"
+    fitted.predict(cells, cluster_key="cluster", key_added="kind")
+    if not recorded:
+        del cells.uns["annformer"]  # as anndata.concat does
+    without = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(reference)
+    read, write = {"h5ad": (anndata.read_h5ad, cells.write_h5ad), "zarr": (anndata.read_zarr, cells.write_zarr)}[suffix]
+    write(tmp_path / f"in.{suffix}")
+    without.predict_file(tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}", key_added="kind")
+    of_file = read(tmp_path / f"out.{suffix}")
+    without.predict(cells, key_added="kind")
+    ends = ("", "_confidence", "_novelty", "_set", "_by_expression")
+    for obs in (cells.obs, of_file.obs):
+        assert set(obs) == {"cell_type", "batch", "cluster", "kind_donor"} | {f"kind{end}" for end in ends}
+    mapper = af.ReferenceMapper(model, label_key="cell_type", n_neighbours=5, threads=1).fit(reference)
+    mapper.predict_file(tmp_path / f"in.{suffix}", tmp_path / f"mapped.{suffix}", key_added="kind")
+    mapper.predict(cells, key_added="kind")
+    for obs in (cells.obs, read(tmp_path / f"mapped.{suffix}").obs):
+        assert {name for name in obs if name.startswith("kind")} == {"kind", "kind_donor", "kind_share", "kind_distance", "kind_novelty"}
+
+
+def test_columns_of_the_users_own_stay(fitted, query):
+    cells = query[:20].copy()
+    cells.obs["kind"], cells.obs["kind_majority"], cells.obs["kind_share"] = "old", "mine", 1.0
+    cells.uns["annformer"] = {"kind": {"task": "embedding"}}
+    fitted.predict(cells, key_added="kind")
+    assert set(cells.obs["kind_majority"]) == {"mine"} and "kind_share" in cells.obs
+
+
 def test_a_prediction_does_not_depend_on_the_other_cells_or_their_order(fitted, query):
     whole, part = fitted.predict_proba(query), fitted.predict_proba(query[::-3].copy())
     np.testing.assert_allclose(whole.loc[part.index], part, atol=1e-5)
@@ -190,6 +227,8 @@ def test_saved_and_loaded_it_says_the_same(fitted, query, tmp_path):
     np.testing.assert_allclose(loaded.novelty(query), fitted.novelty(query), atol=1e-6)
     assert loaded.classes_ == TYPES and loaded.held_back_ == fitted.held_back_
     assert ScGPT.from_pretrained(tmp_path / "model").name == "tiny, annotating cell_type"
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert all(f'"{part}_macro_f1": {fitted.held_back_[f"{part}_macro_f1"]}' in card for part in ("expression", "network", "majority"))
 
 
 def test_a_damaged_file_is_refused(fitted, tmp_path):
@@ -228,7 +267,7 @@ def test_batches_are_held_back_as_a_whole(model, reference):
     from annformer.data.anndata import AnnDataSource
     from annformer.tasks._annotation_cells import read_reference
 
-    found, _ = read_reference(AnnDataSource(reference), model.vocab, label_key="cell_type", batch_key="batch", n_folds=5, seed=0)
+    found = read_reference(AnnDataSource(reference), model.vocab, label_key="cell_type", batch_key="batch", n_folds=5, seed=0)
     assert len(set(found.folds)) == 3
     assert all(len(set(found.folds[(reference.obs["batch"] == name).to_numpy()])) == 1 for name in ("b0", "b1", "b2"))
 
@@ -245,6 +284,11 @@ def test_of_many_cells_some_are_drawn_and_rare_types_are_kept(model, reference):
     assert len(set(drawn)) == 500 and counts.sum() == 400
     many = np.append(np.repeat(np.arange(70), 200), 70)
     assert len(set(many[_annotation_cells._drawn(many, 6000, 0)])) == 71
+
+
+def short(tuning):
+    """A training that is only begun."""
+    return quick(tuning=tuning, train=TUNED["train"] | {"epochs": 2, "validations": 1})
 
 
 def quick(**more):
@@ -333,6 +377,45 @@ def test_a_type_of_one_cell_is_learned_with_a_warning(model, reference, genes):
         found = CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(cells)
     assert found.classes_ == ("alpha", "beta", "gamma", "lonely")
     assert np.isfinite(found.predict_proba(cells)).all(axis=None)
+
+
+@pytest.mark.parametrize("batch_key", [None, "batch"])
+@pytest.mark.parametrize(("tuning", "seeds"), [("none", 5), ("frozen", 3), ("low-rank", 1), ("full", 1)])
+def test_a_type_of_one_cell_does_not_stop_any_way_of_tuning(model, reference, query, tuning, seeds, batch_key):
+    cells = reference[:120].copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str)
+    cells.obs.iloc[0, cells.obs.columns.get_loc("cell_type")] = "lonely"
+    for seed in range(seeds):  # decides in which fold the cell is
+        one = CellTypeClassifier(model, label_key="cell_type", batch_key=batch_key, recipe=short(tuning), threads=1, seed=seed)
+        with pytest.warns(AnnformerWarning, match="1 type has one cell"):
+            one.fit(cells)
+        assert one.classes_ == (*TYPES, "lonely") and one.held_back_["accuracy"] > 0.4
+        assert np.isfinite(one.predict_proba(query[:20].copy())).all(axis=None)
+
+
+@pytest.mark.parametrize("tuning", ["none", "frozen", "low-rank"])
+def test_types_that_all_have_one_cell_are_refused(model, reference, tuning):
+    cells = reference[:15].copy()
+    cells.obs["cell_type"] = [f"t{i}" for i in range(15)]
+    with pytest.raises(InputError, match="each of the 15 types"):
+        CellTypeClassifier(model, label_key="cell_type", recipe=short(tuning)).fit(cells)
+
+
+def test_the_fold_that_a_tuned_network_holds_back_can_say_something(model, reference):
+    cells = reference.copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str).replace("gamma", "beta")
+    cells.obs.iloc[:90, cells.obs.columns.get_loc("cell_type")] = "own"
+    batch = np.where(np.arange(400) % 2, "b1", "b2").astype(object)
+    batch[:90] = "b0"  # the first fold, and its type is nowhere else
+    cells.obs["batch"] = batch
+    tuned = CellTypeClassifier(model, label_key="cell_type", batch_key="batch", recipe=short("low-rank"), threads=1).fit(cells)
+    assert tuned.held_back_["network_accuracy"] > 0.4
+
+
+@pytest.mark.parametrize(("n", "warned"), [(60, True), (130, False)])
+def test_a_novelty_told_by_few_cells_is_warned_of_once(model, reference, caplog, n, warned):
+    CellTypeClassifier(model, label_key="cell_type", recipe=quick(tuning="none")).fit(reference[:n].copy())
+    assert [f"{n} cells were held back" in line for line in caplog.messages if "held back" in line] == [True] * warned
 
 
 def test_genes_that_were_not_measured_count_as_average(model, fitted, query):

@@ -23,6 +23,11 @@ def unit(n: int, seed: int, width: int = 32, n_clusters: int = 12) -> np.ndarray
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
+def keys(n: int) -> np.ndarray:
+    """Of cells that are all different; their number is in the last bits of 64."""
+    return np.arange(n, dtype=np.uint64) + np.uint64(2**63)
+
+
 def brute(queries: np.ndarray, vectors: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     similarities = queries.astype(np.float64) @ vectors.T.astype(np.float64)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :n]
@@ -119,12 +124,12 @@ def index(tiny_model) -> ReferenceIndex:
         studies=(),
     )
     labels = np.array(["T cell", "B cell"])[np.arange(40) % 2]
-    return new_index(settings, 32).with_cells(unit(40, 1), [f"cell{i}" for i in range(40)], labels, {"CD3D": 20, "LYZ": 3}, STUDY)
+    return new_index(settings, 32).with_cells(unit(40, 1), [f"cell{i}" for i in range(40)], labels, keys(40), {"CD3D": 20, "LYZ": 3}, STUDY)
 
 
 def test_classes_are_sorted_and_new_ones_come_after(index):
     assert index.classes == ("B cell", "T cell")
-    larger = index.with_cells(unit(3, 2), ["a", "b", "c"], ["monocyte", "T cell", "A cell"], {"LYZ": 3, "FTL": 1}, STUDY)
+    larger = index.with_cells(unit(3, 2), ["a", "b", "c"], ["monocyte", "T cell", "A cell"], keys(3), {"LYZ": 3, "FTL": 1}, STUDY)
     assert larger.classes == ("B cell", "T cell", "A cell", "monocyte")
     assert [larger.classes[i] for i in larger.codes[-3:]] == ["monocyte", "T cell", "A cell"]
     assert dict(larger.genes) == {"CD3D": 20, "LYZ": 6, "FTL": 1}
@@ -142,7 +147,7 @@ def test_novelty_is_the_place_among_the_distances_of_the_reference(index):
 
 def test_identical_cells_do_not_count_themselves(index):
     same = np.tile(unit(1, 1), (20, 1))
-    doubled = index.with_cells(same, ["x"] * 20, ["T cell"] * 20, {}, STUDY)
+    doubled = index.with_cells(same, ["x"] * 20, ["T cell"] * 20, keys(20), {}, STUDY)
     assert (doubled.spacing[:20] < 1e-6).all()
     assert len(doubled.spacing) == 60
 
@@ -154,7 +159,7 @@ def test_saved_and_opened(index, tiny_model, tmp_path):
     assert opened.settings == index.settings
     assert opened.classes == index.classes
     assert dict(opened.genes) == dict(index.genes)
-    for name in ("codes", "spacing"):
+    for name in ("codes", "spacing", "keys"):
         assert np.array_equal(getattr(opened, name), getattr(index, name))
     assert opened.names.to_pylist() == index.names.to_pylist()
     query = unit(4, 3)
@@ -165,22 +170,23 @@ def test_saved_and_opened(index, tiny_model, tmp_path):
 def test_an_opened_index_grows_over_itself(index, tiny_model, tmp_path):
     index.save(tmp_path / "index", tiny_model)
     opened = ReferenceIndex.open(tmp_path / "index")
-    larger = opened.with_cells(unit(3, 2), ["a", "b", "c"], ["T cell"] * 3, {}, STUDY)
+    larger = opened.with_cells(unit(3, 2), ["a", "b", "c"], ["T cell"] * 3, keys(3), {}, STUDY)
     larger.save(tmp_path / "index", tiny_model)
     again = ReferenceIndex.open(tmp_path / "index")
     assert np.array_equal(again.parts[0], np.concatenate([index.parts[1], unit(3, 2)]))
     assert again.names.to_pylist()[-3:] == ["a", "b", "c"]
+    assert again.keys.tolist() == [*keys(40).tolist(), *keys(3).tolist()]
 
 
 def test_faiss_is_saved_and_opened(index, tiny_model, tmp_path):
     pytest.importorskip("faiss")
     settings = index.settings.with_(search="faiss", studies=[])
-    made = new_index(settings, 32).with_cells(unit(500, 1), ["c"] * 500, ["T cell"] * 500, {}, STUDY)
+    made = new_index(settings, 32).with_cells(unit(500, 1), ["c"] * 500, ["T cell"] * 500, keys(500), {}, STUDY)
     made.save(tmp_path / "index", tiny_model)
     opened = ReferenceIndex.open(tmp_path / "index")
     query = unit(4, 3)
     assert np.array_equal(opened.nearest(query, 5).rows, made.nearest(query, 5).rows)
-    assert opened.with_cells(unit(3, 2), ["a"] * 3, ["T cell"] * 3, {}, STUDY).lists.ntotal == 503
+    assert opened.with_cells(unit(3, 2), ["a"] * 3, ["T cell"] * 3, keys(3), {}, STUDY).lists.ntotal == 503
     path = tmp_path / "index" / "lists.faiss"
     content = path.read_bytes()
     path.write_bytes(content[:-50])
@@ -220,7 +226,7 @@ def test_what_is_no_index_is_said(index, tiny_model, tmp_path):
         ReferenceIndex.open(tmp_path / "model")
     index.save(tmp_path / "index", tiny_model)
     path = tmp_path / "index" / "index.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 7'))
     with pytest.raises(InputError, match="format 7"):
         ReferenceIndex.open(tmp_path / "index")
 

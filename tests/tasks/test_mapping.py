@@ -72,7 +72,7 @@ def test_what_is_written(mapper, query):
     assert np.array_equal(query.X.toarray(), before.X.toarray())
 
 
-def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata):
+def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata, caplog):
     mapper.predict(query, unassigned_above=1.0)
     assert "unassigned" not in set(query.obs[KEY])
     foreign = tiny_adata(40, seed=9)
@@ -83,6 +83,9 @@ def test_cells_above_a_novelty_are_unassigned(mapper, query, tiny_adata):
     assert np.array_equal(foreign.obs[KEY] == "unassigned", novel)
     assert foreign.obs[f"{KEY}_share"].notna().all()
     assert foreign.uns["annformer"][KEY]["unassigned_above"] == 0.9
+    assert "get no label" not in caplog.text
+    mapper.predict(foreign, unassigned_above=0.0)  # the limit of a user who has not looked at the novelty
+    assert f"{(foreign.obs[KEY] == 'unassigned').sum()} of 40 cells have a novelty above 0 and get no label" in caplog.text
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
@@ -178,6 +181,44 @@ def test_more_cells_are_added(mapper, tiny_adata, reference, tiny_model):
     new = tiny_adata(20, seed=5)
     assert np.array_equal(mapper.neighbours(new).names, at_once.neighbours(new).names)
     pd.testing.assert_frame_equal(mapper.predict(new, copy=True).obs, at_once.predict(new, copy=True).obs, atol=1e-5)
+
+
+def test_cells_that_are_in_the_reference_are_not_added_again(mapper, reference, tmp_path):
+    mapper.save(tmp_path / "index")
+    again = af.ReferenceMapper.load(tmp_path / "index", threads=1)
+    other = reference[::-2, ::-1].copy()  # other names, genes in another order
+    other.obs_names = [f"other{i}" for i in range(other.n_obs)]
+    for one in (mapper, again):
+        for same in (reference, other):
+            with pytest.raises(af.InputError, match="in the reference already, with the same counts"):
+                one.add(same)
+        assert one.n_cells_ == 90
+
+
+def test_of_cells_that_are_partly_there_the_others_are_added(mapper, reference, tiny_adata, caplog):
+    new = tiny_adata(30, seed=4)
+    new.obs_names = [f"new{i}" for i in range(30)]
+    both = anndata.concat([reference[:50], new])
+    blank = both.X.toarray()
+    blank[60] = 0  # has no embedding, and is equal to nothing
+    both.X = csr_matrix(blank)
+    before = mapper._index.genes
+    with pytest.warns(af.AnnformerWarning, match="1 cells express no gene"):
+        mapper.add(both)
+    assert "50 of 79 labelled cells of AnnData are in the reference already and are left out" in caplog.text
+    assert mapper.n_cells_ == 119
+    assert mapper._index.settings.studies[-1].model_dump() == {"name": "AnnData", "n_cells": 29, "n_left_out": 51}
+    assert sum(mapper._index.genes.values()) == sum(before.values()) + int((blank[50:, both.var_names.isin(list(before))] > 0).sum())
+    assert mapper.neighbours(new[:3].copy()).names[:, 0].tolist() == ["new0", "new1", "new2"]
+    with pytest.raises(af.InputError, match="all 79 labelled cells"):
+        mapper.add(both)
+
+
+def test_cells_that_occur_twice_in_one_reference_are_told(reference, tiny_model, caplog):
+    twice = anndata.concat([reference, reference[:7]], index_unique="-")
+    mapper = af.ReferenceMapper(tiny_model, label_key="cell_type", n_neighbours=5, threads=1).fit(twice)
+    assert mapper.n_cells_ == 97
+    assert "7 cells of AnnData have the same counts as another cell there" in caplog.text
 
 
 def test_an_embedding_at_hand_is_used(reference, query, tiny_model, mapper, monkeypatch):

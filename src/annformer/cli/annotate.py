@@ -42,7 +42,7 @@ def fit(
     Parameters
     ----------
     file
-        The reference: an .h5ad or 10x .h5 file, or a .zarr folder, with counts, and the types in obs.
+        The reference: an .h5ad file or a .zarr folder, with counts, and the types in obs.
     label_key
         Column of obs with the type of every cell; cells with "unlabelled" or "unknown" are left out.
     out
@@ -175,7 +175,11 @@ def _say(classifier: CellTypeClassifier, folder: Path) -> None:
     scores, types = classifier.held_back_, classifier.classes_
     named = f"{', '.join(types[:8])}{', ...' if len(types) > 8 else ''}"
     print(f"{folder}: {sum(classifier.n_cells_):,} cells of {len(types)} types ({named})")
-    print(
-        f"on cells held back: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f} "
-        f"(always the most frequent type: {scores['majority_accuracy']:.3f}, {scores['majority_macro_f1']:.3f})"
-    )
+    print(f"on cells held back: {_scored(scores, '')} (always the most frequent type: {_scored(scores, 'majority_')})")
+    parts = [part for part in ("expression", "network") if f"{part}_accuracy" in scores]
+    if len(parts) > 1:
+        print("its parts alone: " + "; ".join(f"{part} {_scored(scores, f'{part}_')}" for part in parts))
+
+
+def _scored(scores: dict[str, float], whose: str) -> str:
+    return f"accuracy {scores[whose + 'accuracy']:.3f}, macro-F1 {scores[whose + 'macro_f1']:.3f}"

@@ -35,7 +35,7 @@ def fit(
     Parameters
     ----------
     file
-        The reference: an .h5ad or 10x .h5 file, or a .zarr folder, with the labels in obs. It is read in bounded memory.
+        The reference: an .h5ad file or a .zarr folder, with the labels in obs. It is read in bounded memory.
     label_key
         Column of obs with the label of every cell; cells without one ("unlabelled", "unknown", nothing) are left out.
     out
@@ -96,7 +96,7 @@ def add(
     Parameters
     ----------
     file
-        The cells: an .h5ad or 10x .h5 file, or a .zarr folder, with the labels in obs.
+        The cells: an .h5ad file or a .zarr folder, with the labels in obs. Those that are in the index already are left out.
     index
         Folder that `annformer map fit` wrote.
     embedding
@@ -113,8 +113,10 @@ def add(
     from annformer.tasks.mapping import ReferenceMapper
 
     mapper = ReferenceMapper.load(index, layer=layer, gene_key=gene_key, device=device, threads=threads)
+    before = mapper.n_cells_
     mapper.add(file, embedding=embedding, progress=progress_wanted())
     mapper.save(index)
+    print(f"{file}: {mapper.n_cells_ - before:,} cells added")
     _say(mapper, Path(index))
 
 
@@ -180,6 +182,8 @@ def predict(
     counts = table[key_added].value_counts()
     counted = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
     print(f"{out}: obs[{key_added!r}] of {len(table):,} cells: {counted}")
+    share, novelty = table[f"{key_added}_share"].median(), table[f"{key_added}_novelty"].median()
+    print(f"median share {share:.2f}, median novelty {novelty:.3f} (0.5: as near to the reference as its own cells are to each other)")
     print(f"{table_path}: the same columns")
 
 

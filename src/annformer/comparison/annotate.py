@@ -132,7 +132,7 @@ def compare_annotation(
     with reading_quietly(), _only_warnings("annformer.tasks"):
         seconds = embed_once(task.cells, loaded, classifier, kept)
         runs = with_parts(run_folds(chosen, task.cells, task.truth, splits, kept))
-        known = _novel(chosen, runs, task, splits[-1], kept, wanted=novelty)
+        known = _novel(chosen, runs, task, splits[-1], kept, n_draws, wanted=novelty)
     card = "" if isinstance(model, ScGPT) else card_text(model)
     n_types = len(set(task.truth))
     facts = Facts(
@@ -155,22 +155,28 @@ def compare_annotation(
 
 
 def _novel(
-    chosen: Sequence[Caller], runs: Sequence[CallRun], task: Typed, split: Split, kept: Kept, *, wanted: bool | None
-) -> pd.DataFrame:
+    chosen: Sequence[Caller], runs: Sequence[CallRun], task: Typed, split: Split, kept: Kept, n_draws: int, *, wanted: bool | None
+) -> scoring.NovelTypes:
     """Ours and the plainest floor on types that nobody taught."""
     n_types = len(set(task.truth))
     quick = 3 <= n_types <= MOST_NOVEL_TYPES and len(task.truth) <= MOST_NOVEL_CELLS
     ours = [caller for caller in chosen if caller.kind == "ours"][:1]
     if ours[0].name != OURS or not (quick if wanted is None else wanted):
-        return pd.DataFrame(columns=["label", "method", "n", "auroc"])
+        return scoring.NovelTypes()
     asked = [*ours, *(caller for caller in chosen if caller.name == PLAINEST)]
     each = sum(np.mean([run.seconds for run in runs if (run.name, run.split) == (caller.name, split.name)]) for caller in asked)
     log.info("leaving each of %d types out of what is learned from, once: about %s", n_types, in_words(n_types * float(each)))
-    return scoring.novelty_of(asked, task.cells, task.truth, split, split.seeds[0], kept)
+    return scoring.novelty_of(asked, task.cells, task.truth, split, split.seeds[0], kept, n_draws)
 
 
 def _judged(
-    adata: AnnData, task: Typed, splits: Sequence[Split], runs: list[CallRun], novelty: pd.DataFrame, facts: Facts, n_draws: int
+    adata: AnnData,
+    task: Typed,
+    splits: Sequence[Split],
+    runs: list[CallRun],
+    novel: scoring.NovelTypes,
+    facts: Facts,
+    n_draws: int,
 ) -> AnnotationComparison:
     """Score the runs and judge ours."""
     hard, truth, seed = splits[0], task.truth, splits[0].seeds[0]
@@ -216,7 +222,8 @@ def _judged(
             "confusion.csv": confusion_table(confusions),
             "reliability.csv": reliability_table(reliability),
             "coverage.csv": coverage,
-            "novelty.csv": novelty,
+            "novelty.csv": novel.by_type,
+            "novelty_mean.csv": novel.mean,
         },
         split=hard.name,
         folds=folds_table(hard, truth),
@@ -227,7 +234,8 @@ def _judged(
         error=scoring.error_of(judged, ours, truth, rows),
         calibrated=scoring.calibrated_of(judged, ours),
         coverage=coverage,
-        novelty=novelty,
+        novelty=novel.by_type,
+        novelty_mean=novel.mean,
     )
 
 

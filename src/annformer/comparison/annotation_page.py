@@ -201,16 +201,19 @@ def _coverage(found: pd.DataFrame) -> Table:
 
 
 def _novelty(comparison: AnnotationComparison) -> list[Block]:
-    wide = comparison.novelty.pivot(index="label", columns="method", values="auroc").sort_values(comparison.ours, ascending=False)
-    cells = comparison.novelty.drop_duplicates("label").set_index("label")["n"].loc[wide.index]
-    table = pd.DataFrame({"type left out": wide.index, "cells": cells.to_numpy()} | {name: wide[name].to_numpy() for name in wide.columns})
-    mean = pd.DataFrame([{"type left out": "mean", "cells": "-"} | {name: wide[name].mean() for name in wide.columns}])
+    by_method = {str(name): rows.set_index("label") for name, rows in comparison.novelty.groupby("method", sort=False)}
+    labels = by_method[comparison.ours]["auroc"].sort_values(ascending=False).index
+    columns: dict[str, list[object]] = {"type left out": [*labels, "mean"], "cells": [*by_method[comparison.ours]["n"].loc[labels], "-"]}
+    for name, mean in comparison.novelty_mean.set_index("method").iterrows():
+        rows = [row for _, row in by_method[str(name)].loc[labels].iterrows()] + [mean]
+        columns[str(name)] = [float(row["auroc"]) for row in rows]
+        columns[f"{name}, 95 %"] = [f"{row['low']:.3f} to {row['high']:.3f}" for row in rows]
     caption = (
         "One type after the other was left out of what is learned from (one fold, cells at random): share of pairs of a cell of that "
-        "type and one of another in which the first is said to be stranger (AUROC; 0.5 is chance). annformer: its novelty; the "
-        "baseline: 1 - confidence."
+        "type and one of another in which the first is said to be stranger (AUROC; 0.5 is chance), and what other cells like these would "
+        "show in 95 % of the cases (bootstrap). annformer: its novelty; the baseline: 1 - confidence."
     )
-    return [Table(pd.concat([table.astype({"cells": object}), mean], ignore_index=True), caption, bold=[len(table)])]
+    return [Table(pd.DataFrame(columns), caption, bold=[len(labels)])]
 
 
 def _caveats(comparison: AnnotationComparison) -> list[str]:

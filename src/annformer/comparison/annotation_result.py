@@ -34,4 +34,6 @@ class AnnotationComparison(Comparison):
     coverage: pd.DataFrame
     """Sets of types of ours, a row per split; empty where it has none."""
     novelty: pd.DataFrame
-    """How well cells of a type stand out that was left out of what is learned from: label, method, n, auroc."""
+    """How well cells of a type stand out that was left out of what is learned from: label, method, n, auroc, low, high."""
+    novelty_mean: pd.DataFrame
+    """The mean of that over the types, `n` of them, by method."""

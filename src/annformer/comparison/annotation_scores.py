@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from annformer.comparison.kept import NOTHING_KEPT, Kept
 from annformer.data.split import Fold
 from annformer.evaluate import calibration
 from annformer.evaluate.classification import CLASSIFICATION_DEFINITIONS, classification_scores, macro_f1_on_draws, per_type_scores
+from annformer.evaluate.verdict import draws
 
 JUDGED: Final = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
 """The scores that get verdicts, the one that decides first -> how they are called."""
@@ -28,6 +29,15 @@ COVERAGE_WORDS: Final = {
     "expected": "where that share lies in 99 % of the cases if each cell is covered with the probability asked for (binomial)",
     "mean size": "types in a set",
 }
+
+
+class NovelTypes(NamedTuple):
+    """How well cells of types stand out that were left out of what is learned from: AUROC, with the ends of its 95 % interval."""
+
+    by_type: pd.DataFrame = pd.DataFrame(columns=["label", "method", "n", "auroc", "low", "high"])
+    """A row per type and method; `n` cells of the type."""
+    mean: pd.DataFrame = pd.DataFrame(columns=["method", "n", "auroc", "low", "high"])
+    """Over the types, `n` of them: a row per method."""
 
 
 def score_runs(runs: Sequence[CallRun], truth: Shaped[np.ndarray, "cell"]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -111,29 +121,45 @@ def novelty_of(
     split: Split,
     seed: int,
     kept: Kept = NOTHING_KEPT,
-) -> pd.DataFrame:
+    n_draws: int = 1_000,
+) -> NovelTypes:
     """Leave one type after the other out of what is learned from, and see whether its cells stand out among those of the first fold.
 
-    The score is what a method says of novelty, or, where it says nothing, 1 - confidence.
-
-    Returns
-    -------
-    One row per type and method: label, method, n cells of the type, auroc.
+    The score is what a method says of novelty, or, where it says nothing, 1 - confidence. Cells are drawn within their type, those of the
+    fold and the others apart, and all types by the same draws: so the draws of the mean over the types are those that it has.
     """
-    first, rows = split.folds[0], []
+    first, rows, on_draws = split.folds[0], [], dict[str, list[np.ndarray]]()
+    asked = np.isin(np.arange(len(labels)), first.test)
+    drawn = list(draws(None, [f"{label}|{inside}" for label, inside in zip(labels, asked, strict=True)], n_draws, seed))
     for label in pd.unique(labels):
         fold = _without(first, labels == label)
         if len(set(labels[fold.train])) < 2 or not (labels[fold.test] != label).any():
             continue
         given = Given(*parted(cells, fold, labels, split.batches), fold, split.batches is not None)
-        is_new = labels[fold.test] == label
+        is_new, place = labels[fold.test] == label, np.full(len(labels), -1)
+        place[fold.test] = np.arange(len(fold.test))
         for caller in callers:
             said, _, _ = given.run(caller, seed, kept)
             strange = said.novelty if said.novelty is not None else None if said.confidence is None else 1 - said.confidence
             if strange is not None:
-                auroc = calibration.novelty_auroc(np.nan_to_num(strange, nan=1.0), is_new)
-                rows.append({"label": label, "method": caller.name, "n": int(is_new.sum()), "auroc": auroc})
-    return pd.DataFrame(rows, columns=["label", "method", "n", "auroc"])
+                strange = np.nan_to_num(strange, nan=1.0)
+                inside = (place[some][place[some] >= 0] for some in drawn)
+                on_draws.setdefault(caller.name, []).append(calibration.novelty_auroc_on_draws(strange, is_new, inside))
+                auroc, ends = calibration.novelty_auroc(strange, is_new), _ends(on_draws[caller.name][-1])
+                rows.append({"label": label, "method": caller.name, "n": int(is_new.sum()), "auroc": auroc, **ends})
+    if not rows:
+        return NovelTypes()
+    table = pd.DataFrame(rows)
+    means = [
+        {"method": name, "n": len(some), "auroc": table.loc[table["method"] == name, "auroc"].mean(), **_ends(np.mean(some, axis=0))}
+        for name, some in on_draws.items()
+    ]
+    return NovelTypes(table, pd.DataFrame(means))
+
+
+def _ends(values: Float[np.ndarray, "draw"]) -> dict[str, float]:
+    found = calibration.interval(values)
+    return {"low": found.low, "high": found.high}
 
 
 def seen_before(split: Split, labels: Shaped[np.ndarray, "cell"]) -> np.ndarray:

@@ -79,8 +79,8 @@ class Held:
     def found(self, cells: CellBatch) -> Bool[np.ndarray, "cell"]:
         """Whether each cell is one of the held-out ones."""
         keys, enough = _comparable(cells, self.bands)
-        same = [_contains(known, keys[:, band]) & enough[:, band] for band, known in enumerate(self.keys) if len(known)]
-        return np.logical_or.reduce([np.zeros(len(keys), dtype=bool), *same])
+        same = [contains(known, keys[:, band]) & enough[:, band] for band, known in enumerate(self.keys)]
+        return np.logical_or.reduce(same)
 
 
 class HeldOut:
@@ -141,6 +141,9 @@ def _shared_bands(*matches: GeneMatch) -> Int[np.ndarray, "token"]:
     return np.where(np.logical_and.reduce(once), np.arange(n_tokens) % N_BANDS, -1).astype(np.int8)
 
 
-def _contains(known: UInt64[np.ndarray, "key"], keys: UInt64[np.ndarray, "cell"]) -> Bool[np.ndarray, "cell"]:
+def contains(known: UInt64[np.ndarray, "key"], keys: UInt64[np.ndarray, "cell"]) -> Bool[np.ndarray, "cell"]:
+    """Whether each key is among the known ones, which are ascending."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
     place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
     return known[place] == keys

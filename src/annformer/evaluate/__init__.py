@@ -10,6 +10,7 @@ from annformer.evaluate.calibration import (
     expected_calibration_error,
     interval,
     novelty_auroc,
+    novelty_auroc_on_draws,
     reliability,
 )
 from annformer.evaluate.classification import (
@@ -47,6 +48,7 @@ __all__ = [
     "macro_f1_on_draws",
     "neighbour_scores",
     "novelty_auroc",
+    "novelty_auroc_on_draws",
     "partner_ranks",
     "per_label_scores",
     "per_type_scores",

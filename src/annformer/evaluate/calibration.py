@@ -119,16 +119,23 @@ def coverage_interval(n: int, expected: float, level: float = COVERAGE_LEVEL) ->
 
 def novelty_auroc(score: Sequence[float] | Float[np.ndarray, "cell"], is_new: Correct) -> float:
     """Share of pairs of a new and a known cell in which the new one has the higher score (half, if equal); NaN without such a pair."""
-    from scipy.stats import rankdata
+    return float(novelty_auroc_on_draws(score, is_new, [np.arange(len(score))])[0])
 
+
+def novelty_auroc_on_draws(
+    score: Sequence[float] | Float[np.ndarray, "cell"], is_new: Correct, draws: Iterable[Int[np.ndarray, "row"]]
+) -> Float[np.ndarray, "draw"]:
+    """Compute `novelty_auroc` of drawn cells: scores are ranked once, and a draw only counts how often each rank is drawn."""
     values, new = np.asarray(score, dtype=np.float64), np.asarray(is_new, dtype=bool)
     assert len(values) == len(new), "scores and cells differ in number"
     assert np.isfinite(values).all(), "a score that is not finite has no rank"
-    n_new, n_known = int(new.sum()), int((~new).sum())
-    if not n_new or not n_known:
-        return float("nan")
-    above = rankdata(values)[new].sum() - n_new * (n_new + 1) / 2
-    return float(above / (n_new * n_known))
+    distinct, rank = np.unique(values, return_inverse=True)
+    found = []
+    for rows in draws:
+        fresh, known = (np.bincount(rank[rows[part]], minlength=len(distinct)) for part in (new[rows], ~new[rows]))
+        pairs = float(fresh.sum()) * float(known.sum())
+        found.append(fresh @ (np.cumsum(known) - known / 2) / pairs if pairs else np.nan)
+    return np.array(found)
 
 
 def _check(confidence: Confidence, correct: Correct) -> tuple[Float[np.ndarray, "cell"], Bool[np.ndarray, "cell"]]:

@@ -55,8 +55,8 @@ def read_reference(
     n_folds: int,
     seed: int,
     most_cells: int | None = None,
-) -> tuple[Reference, int]:
-    """Read the cells that have a type; say how many have none.
+) -> Reference:
+    """Read the cells that have a type, and say in which fold each is held back.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def read_reference(
     Raises
     ------
     InputError
-        When a column is missing or has gaps, or there are fewer than two types.
+        When a column is missing or has gaps, there are fewer than two types, or the cells express hardly a gene that the model knows.
     """
     source.codes("label", label_key)  # before the cells are read, and under the names that the user knows
     columns = [label_key]
@@ -75,27 +75,13 @@ def read_reference(
         columns.append(batch_key)
     say_if_logarithms(source)
     every = MemoryCells(source, vocab, columns).changed(CellBatch.in_counts)
-    names = np.asarray(every.categories(label_key), dtype=object)
-    labels = names[every.codes(label_key)]
-    typed = ~np.isin(labels, NO_TYPE)
-    rows = np.flatnonzero(typed & (every.lengths > 0))
-    types, codes = np.unique(labels[rows].astype(str), return_inverse=True)
-    if len(types) < 2:
-        found = f"obs[{label_key!r}] names {f'one type, {str(types[0])!r}' if len(types) else 'no type at all'}"
-        raise input_error(found, "at least two types of cells", "name another column with label_key (--label_key)")
-    if len(types) > max(20, len(rows) // 2):
-        found = f"obs[{label_key!r}] has {len(types):,} values for {len(rows):,} cells"
-        raise input_error(found, "types that many cells share", "name another column with label_key (--label_key)")
+    rows, codes, types, n_untyped = _typed(every, label_key)
     if most_cells is not None and min(len(rows), len(expressed_genes(every))) > most_cells:
         said = "%s of %s cells are learned from (most_cells in the recipe); types of few cells are kept whole"
         log.info(said, f"{most_cells:,}", f"{len(rows):,}")
         drawn = _drawn(codes, most_cells, seed)
         rows, codes = rows[drawn], codes[drawn]
-    if len(alone := types[np.bincount(codes, minlength=len(types)) == 1]):
-        listed = ", ".join(repr(str(name)) for name in alone[:5])
-        one = len(alone) == 1
-        msg = f"{len(alone)} {'type has one cell' if one else 'types have one cell each'} ({listed}): learned, but how well cannot be told"
-        warnings.warn(msg, AnnformerWarning, stacklevel=4)
+    _warn_of_single_cells(types, codes)
     named, cells = tuple(map(str, types)), every.subset(rows)
     groups = None if batch_key is None else np.asarray(every.categories(batch_key), dtype=object)[cells.codes(batch_key)]
     if groups is not None and len(set(groups)) < 2:
@@ -107,7 +93,38 @@ def read_reference(
         warnings.warn(msg, AnnformerWarning, stacklevel=4)
         groups, fold = None, _fold_of(types[codes], None, n_folds, seed)
     strata = None if groups is not None else _by_depth(cells.whole, n_folds)
-    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata), int((~typed).sum())
+    left_out = f", {n_untyped:,} without a type left out" if n_untyped else ""
+    log.info("%s cells of %d types%s", f"{len(codes):,}", len(named), left_out)
+    require_enough(expressed_genes(cells))
+    return Reference(cells.with_codes(TYPE, codes, named), codes, named, fold, rows, strata)
+
+
+def _typed(
+    cells: MemoryCells, label_key: str
+) -> tuple[Int[np.ndarray, "typed"], Int[np.ndarray, "typed"], Shaped[np.ndarray, "type"], int]:
+    """Rows of the cells that have a type and express a gene, codes of their types, the types; how many cells have none."""
+    labels = np.asarray(cells.categories(label_key), dtype=object)[cells.codes(label_key)]
+    typed = ~np.isin(labels, NO_TYPE)
+    rows = np.flatnonzero(typed & (cells.lengths > 0))
+    types, codes = np.unique(labels[rows].astype(str), return_inverse=True)
+    if len(types) < 2:
+        found = f"obs[{label_key!r}] names {f'one type, {str(types[0])!r}' if len(types) else 'no type at all'}"
+        raise input_error(found, "at least two types of cells", "name another column with label_key (--label_key)")
+    if len(types) > max(20, len(rows) // 2):
+        found = f"obs[{label_key!r}] has {len(types):,} values for {len(rows):,} cells"
+        raise input_error(found, "types that many cells share", "name another column with label_key (--label_key)")
+    if len(types) == len(rows):
+        found = f"each of the {len(types)} types in obs[{label_key!r}] has one cell"
+        raise input_error(found, "a type with two cells at least: how well types are learned is told by cells held back", "give more cells")
+    return rows, codes, types, int((~typed).sum())
+
+
+def _warn_of_single_cells(types: Shaped[np.ndarray, "type"], codes: Int[np.ndarray, "cell"]) -> None:
+    if len(alone := types[np.bincount(codes, minlength=len(types)) == 1]):
+        listed = ", ".join(repr(str(name)) for name in alone[:5])
+        one = len(alone) == 1
+        msg = f"{len(alone)} {'type has one cell' if one else 'types have one cell each'} ({listed}): learned, but how well cannot be told"
+        warnings.warn(msg, AnnformerWarning, stacklevel=5)
 
 
 def _fold_of(labels: Shaped[np.ndarray, "cell"], groups: Shaped[np.ndarray, "cell"] | None, n: int, seed: int) -> Int[np.ndarray, "cell"]:

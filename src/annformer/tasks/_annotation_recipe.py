@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+import annformer
 from annformer.config import Config
 from annformer.tasks._recipe import Recipe
 from annformer.train.config import TrainConfig
 
+TASK = "annotation"
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -34,7 +36,7 @@ class AnnotationRecipe(Recipe):
     balance: float = Field(ge=0, le=1)
     """A type of n cells counts as n^(1 - balance) in what is minimised."""
     n_folds: int = Field(ge=2)
-    """Every cell is held back once, in one of so many folds; the network, when it is tuned, holds back the first."""
+    """Every cell is held back once, in one of so many folds; the network, when it is tuned, holds back one only."""
     most_cells: int = Field(gt=1)
     """Where a reference has more cells and more genes than this, so many cells are drawn; rare types are kept."""
     n_genes: int = Field(gt=0)
@@ -55,6 +57,11 @@ class AnnotationRecipe(Recipe):
     n_layers: int = Field(gt=0)
     """Linear layers of the network's head."""
     train: TrainConfig
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the network is fine-tuned."""
+        return self.tuning in ("full", "low-rank")
 
     def linear_parts(self) -> dict[str, Any]:
         """What the linear parts need to know."""
@@ -86,3 +93,14 @@ class Learned(Config):
     n_cells: tuple[int, ...]
     held_back: dict[str, float]
     options: Options
+
+    def provenance(self, recipe: AnnotationRecipe, *, base: str, pretrained: bool) -> dict[str, Any]:
+        """How the classifier came about; `base` names the network that it began with."""
+        verb = {"full": "fine-tuned", "low-rank": "fine-tuned (low rank)"}.get(recipe.tuning, "used as it is")
+        return {
+            "name": f"{base}, annotating {self.options.label_key}",
+            "task": TASK,
+            "made_by": f"annformer {annformer.__version__}, {base if pretrained else 'random weights'} {verb}",
+            "recipe": recipe.model_dump(mode="json"),
+            "classifier": self.model_dump(mode="json"),
+        }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -29,7 +30,7 @@ from annformer.tasks._annotation_cells import (
     say_if_logarithms,
     select,
 )
-from annformer.tasks._linear_part import Linear, fit_linear, fit_scaled
+from annformer.tasks._linear_part import Fitted, Linear, fit_linear, fit_scaled
 from annformer.tasks._novelty import Features, Novelty, Space, fit_novelty
 from annformer.tasks._stack import Abroad, Stack, fit_stack
 from annformer.tokens import CellBatch
@@ -97,7 +98,7 @@ class Classifier:
     alone: dict[str, Stack]
     """The parts by themselves, `expression` and `network`: likewise weighed and tilted."""
     held_back: dict[str, float]
-    """Scores on the cells that no part had learned from; their weights, few numbers, did."""
+    """Scores, of all parts together and of each alone, on the cells that no part had learned from; their weights, few numbers, did."""
 
     @classmethod
     def fit(
@@ -121,22 +122,22 @@ class Classifier:
         selected = select(cells, genes, cells.gene_ids)
         median = float(np.median(selected.sizes))
         told = learnable(codes, reference.folds)
-        held_back = np.flatnonzero(told if told.any() else ~told) if network is None else network.rows[told[network.rows]]
+        held_back = np.flatnonzero(told) if network is None else network.rows[told[network.rows]]
         strata = reference.strata if network is not None and network.abroad is not None else None
         abroad_rows = np.zeros(0, np.int64) if strata is None else np.flatnonzero(learnable(codes, strata)[held_back])
         linears, parts, abroad = [], [], []
         folds, counts = reference.folds, [depth * median for depth in depths]
-        clock, maps = _Clock(len(counts) + bool(scaled_genes)), []
-        for depth in counts:
-            maps.append(fit_linear(selected.at(depth), codes, n_types, folds, strengths=strengths, balance=balance, strata=strata))
-            clock.tell()
-        if scaled_genes:
+
+        def at_depth(depth: float) -> Fitted:
+            return fit_linear(selected.at(depth), codes, n_types, folds, strengths=strengths, balance=balance, strata=strata)
+
+        def scaled() -> Fitted:
             varying = np.flatnonzero(highly_variable(sp.csr_matrix(selected.counts), None, scaled_genes).genes)
-            there = selected.at(SCALED_TO)
-            maps.append(fit_scaled(there, varying, codes, n_types, folds, strengths=scaled_strengths, strata=strata))
-            counts.append(SCALED_TO)
-            clock.tell()
-        for depth, fitted in zip(counts, maps, strict=True):
+            return fit_scaled(selected.at(SCALED_TO), varying, codes, n_types, folds, strengths=scaled_strengths, strata=strata)
+
+        jobs: list[Callable[[], Fitted]] = [*(partial(at_depth, depth) for depth in counts), *([scaled] if scaled_genes else [])]
+        counts += [SCALED_TO] if scaled_genes else []
+        for depth, fitted in zip(counts, _one_by_one(jobs), strict=True):
             log.debug("log expression at %g counts: strength %g", depth, fitted.strength)
             linears.append(fitted.linear)
             parts.append(fitted.out_of_fold[held_back])
@@ -153,9 +154,17 @@ class Classifier:
         alone = {name: fit_stack(group, truth, sizes) for name, group in groups.items() if group}
         views: list[Features] = [selected.at(median), *([] if network is None else [network.states])]
         novelty = fit_novelty(views, codes, n_types, reference.folds, held_back, 1 - np.exp(logs.max(axis=1)))
-        scores = _scores(truth, stack.called(logs), int(sizes.argmax()))
+        called = {"": stack.called(logs)} | {f"{name}_": one.called(one.log_probabilities(groups[name])) for name, one in alone.items()}
+        scores = _scores(truth, called | {"majority_": np.full(len(truth), sizes.argmax())})
         head = None if network is None else network.head
         return cls(genes, cells.gene_ids, (*counts, median), tuple(linears), head, stack, novelty, alone, scores)
+
+    def part_weights(self, *, scaled: bool) -> dict[str, float]:
+        """What the parts are worth; `scaled`: the last of the linear ones reads scaled variable genes."""
+        names = [f"expression at {depth:,.0f} counts" for depth in self.depths[: len(self.linears)]]
+        if scaled and names:
+            names[-1] = "variable genes, scaled"
+        return dict(zip([*names, NETWORK], map(float, self.stack.weights), strict=False))
 
     def read(self, source: AnnDataSource, vocab: GeneVocab) -> tuple[list[Float[np.ndarray, "cell type"]], Float[np.ndarray, "cell"]]:
         """Logits of the linear parts, and distance in expression to the nearest type, of all cells; NaN where no gene is expressed."""
@@ -239,24 +248,21 @@ class Classifier:
             raise input_error(found, "the file as CellTypeClassifier.save wrote it", "copy the folder again, or fit again") from None
 
 
-class _Clock:
-    """Says how long learning from expression will take, once its first part took long."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.done, self.began = n, 0, time.monotonic()
-
-    def tell(self) -> None:
-        self.done += 1
-        took = time.monotonic() - self.began
-        if took > SAY_AFTER and self.done < self.n:
-            left = in_words(took / self.done * (self.n - self.done))
-            log.info("expression, part %d of %d: %s; about %s left", self.done, self.n, in_words(took), left)
+def _one_by_one(jobs: Sequence[Callable[[], Fitted]]) -> Iterator[Fitted]:
+    """Learn from expression; say how long it will take, once the first part took long."""
+    began = time.monotonic()
+    for done, job in enumerate(jobs, 1):
+        fitted, took = job(), time.monotonic() - began
+        if took > SAY_AFTER and done < len(jobs):
+            left = in_words(took / done * (len(jobs) - done))
+            log.info("expression, part %d of %d: %s; about %s left", done, len(jobs), in_words(took), left)
+        yield fitted
 
 
-def _scores(truth: Int[np.ndarray, "cell"], called: Int[np.ndarray, "cell"], most_frequent: int) -> dict[str, float]:
-    own, floor = (classification_scores(truth, said) for said in (called, np.full(len(truth), most_frequent)))
-    kept = ("accuracy", "macro_f1")
-    return {name: own[name] for name in kept} | {f"majority_{name}": floor[name] for name in kept}
+def _scores(truth: Int[np.ndarray, "cell"], called: Mapping[str, Int[np.ndarray, "cell"]]) -> dict[str, float]:
+    """Scores of each way to call the cells, under its name."""
+    scores = {name: classification_scores(truth, said) for name, said in called.items()}
+    return {f"{name}{score}": found[score] for name, found in scores.items() for score in ("accuracy", "macro_f1")}
 
 
 def _of(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, UInt64
 from numpy import ndarray
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from annformer.scgpt import ScGPT
 from annformer.tasks._search import Nearest, Parts, blocks, build_lists, nearest, nearest_by_lists, take
 from annformer.tokenizer import TokenizerSettings
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 SETTINGS: Final = "index.json"
 MODEL: Final = "model"
 MAPPED: Final = ("vectors.npy", "lists.faiss")
@@ -39,7 +39,7 @@ class Study(Config):
     name: str
     n_cells: int
     n_left_out: int
-    """Without a label, or without an expressed gene that the model knows."""
+    """Without a label, without an expressed gene that the model knows, or in the index already."""
 
 
 class IndexSettings(Config):
@@ -66,6 +66,8 @@ class ReferenceIndex:
     codes: Int[ndarray, "cell"]
     """Of the label of every cell, in `classes`."""
     classes: tuple[str, ...]
+    keys: UInt64[ndarray, "cell"]
+    """Of the counts of every cell: by them a cell that comes again is known."""
     genes: Mapping[str, int]
     """Genes that were read, with the number of cells that express them."""
     spacing: Float32[ndarray, "sampled"]
@@ -94,7 +96,7 @@ class ReferenceIndex:
         def fill(fresh: Path) -> None:
             _write_vectors(self.parts, fresh / "vectors.npy")
             labels = pa.DictionaryArray.from_arrays(pa.array(self.codes, pa.int32()), pa.array(self.classes, pa.large_string()))
-            _write_table(fresh / "cells.arrow", {"cell": self.names.combine_chunks(), "label": labels})
+            _write_table(fresh / "cells.arrow", {"cell": self.names.combine_chunks(), "label": labels, "key": pa.array(self.keys)})
             genes = pa.array(list(self.genes), pa.large_string())
             _write_table(fresh / "genes.arrow", {"gene": genes, "n_cells": pa.array(list(self.genes.values()), pa.int64())})
             np.save(fresh / "spacing.npy", self.spacing, allow_pickle=False)
@@ -132,6 +134,7 @@ class ReferenceIndex:
             names=cells["cell"],
             codes=label.indices.to_numpy(),
             classes=tuple(label.dictionary.to_pylist()),
+            keys=cells["key"].to_numpy(),
             genes=dict(zip(genes["gene"].to_pylist(), genes["n_cells"].to_pylist(), strict=True)),
             spacing=spacing,
             lists=_read_lists(folder) if settings.search == "faiss" else None,
@@ -142,6 +145,7 @@ class ReferenceIndex:
         vectors: Float32[ndarray, "new width"],
         names: Sequence[str] | ndarray,
         labels: Sequence[str] | ndarray,
+        keys: UInt64[ndarray, "new"],
         genes: Mapping[str, int],
         study: Study,
     ) -> ReferenceIndex:
@@ -157,6 +161,7 @@ class ReferenceIndex:
             names=pa.chunked_array([*self.names.chunks, fresh], pa.large_string()),
             codes=np.concatenate([self.codes, codes]),
             classes=classes,
+            keys=np.concatenate([self.keys, keys]),
             genes=dict(Counter(self.genes) + Counter(genes)),
         )
         grown = replace(grown, lists=build_lists(grown.parts) if self.settings.search == "faiss" else None)
@@ -171,6 +176,7 @@ def new_index(settings: IndexSettings, width: int) -> ReferenceIndex:
         names=pa.chunked_array([], pa.large_string()),
         codes=np.empty(0, np.int32),
         classes=(),
+        keys=np.empty(0, np.uint64),
         genes={},
         spacing=np.empty(0, np.float32),
     )

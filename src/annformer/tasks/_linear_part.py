@@ -2,7 +2,8 @@
 
 How counts are scaled before the logarithm decides which differences count: at 10,000 counts a cell the step from 0 to 1 count of a shallow
 cell is most of what is seen; at the median depth or below it, it is what it is. No scale is best for all cells, so several are fitted,
-and what each is worth is told by cells that were not learned from (`_stack.py`).
+and what each is worth is told by cells that were not learned from (`_stack.py`). The baseline of the same name (`baselines/logistic.py`) is
+another solver on purpose: see there.
 """
 
 from __future__ import annotations

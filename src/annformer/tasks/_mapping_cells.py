@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt64
 
 from annformer.data.anndata import AnnDataSource
+from annformer.data.cell_keys import cell_keys, contains
 from annformer.data.tables import as_text, require_column
 from annformer.errors import AnnformerWarning, input_error
 from annformer.evaluate.integration import UNLABELLED
@@ -53,14 +55,50 @@ def labelled(source: AnnDataSource, label_key: str) -> tuple[Int[np.ndarray, "ce
     return rows, labels
 
 
-def expressed(source: Chosen, vocab: GeneVocab) -> dict[str, int]:
-    """Genes of the data that the model knows, with the number of cells that express them."""
-    counts: Int[np.ndarray, "gene"] | None = None
+class Looked(NamedTuple):
+    """What the counts of cells say before they are embedded."""
+
+    keys: UInt64[np.ndarray, "cell"]
+    """Equal for cells whose counts are equal in every gene that the model knows; 0 where no such gene is expressed."""
+    known: Bool[np.ndarray, "cell"]
+    """Whether a cell is in the reference already."""
+    genes: dict[str, int]
+    """Genes of the data that the model knows, with the number of cells, of those that are not known, that express them."""
+
+    @property
+    def n_again(self) -> int:
+        """New cells that are equal to one before them."""
+        fresh = self.keys[~self.known & (self.keys != 0)]
+        return len(fresh) - len(np.unique(fresh))
+
+
+def looked_at(source: Chosen, vocab: GeneVocab, keys: UInt64[np.ndarray, "reference"]) -> Looked:
+    """Go through the counts of cells once, and hold them against the keys of those in the reference."""
+    in_reference, everywhere = np.unique(keys), np.zeros(len(vocab), np.int8)
+    found, known, counts = [], [], None
     for cells in source.batches(CELLS_AT_ONCE, vocab=vocab):
-        here = np.bincount(cells.counts.indices[cells.counts.data > 0], minlength=len(cells.gene_ids))
+        key = cell_keys(cells, everywhere)[0][:, 0]
+        same = contains(in_reference, key) & (key != 0)
+        found.append(key)
+        known.append(same)
+        here = np.bincount(cells.counts.indices[np.repeat(~same, np.diff(cells.counts.indptr))], minlength=len(cells.gene_ids))
         counts, ids = here if counts is None else counts + here, cells.gene_ids
     assert counts is not None, "a source has cells"
-    return {vocab.tokens[i]: int(n) for i, n in zip(ids, counts, strict=True)}
+    genes = {vocab.tokens[i]: int(n) for i, n in zip(ids, counts, strict=True)}
+    return Looked(np.concatenate(found), np.concatenate(known), genes)
+
+
+def require_new(looked: Looked, name: str) -> None:
+    """Refuse cells that are all in the reference already; say how many are, and how many occur twice among the new ones."""
+    n_known, n = int(looked.known.sum()), int((looked.keys != 0).sum())
+    if n and n_known == n:
+        found = f"all {n:,} labelled cells of {name} are in the reference already, with the same counts in every gene"
+        remedy = "add other cells, or use the reference as it is; to give these cells other labels, fit it again"
+        raise input_error(found, "cells that are not in it: twice there they would vote twice", remedy)
+    if n_known:
+        log.warning("%s of %s labelled cells of %s are in the reference already and are left out", f"{n_known:,}", f"{n:,}", name)
+    if looked.n_again:
+        log.warning("%s cells of %s have the same counts as another cell there: each of them votes", f"{looked.n_again:,}", name)
 
 
 def require_genes(genes: Mapping[str, int], match: GeneMatch, name: str) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from annformer.data.anndata import AnnDataSource
 from annformer.data.source import CellSource
+from annformer.errors import input_error
 from annformer.inference import encode_cells
 from annformer.model.lowrank import add_low_rank, merge_low_rank
 from annformer.objectives.cls import CLS
@@ -46,6 +47,40 @@ def untouched(base: ScGPT, *, pretrained: bool, seed: int, device: str | None) -
     if not pretrained:
         return grown(base, base.config, base.vocab, pretrained=False, seed=seed).to(place).eval()
     return copy.deepcopy(base).to(place).eval()
+
+
+def network_part(
+    base: ScGPT,
+    reference: Reference,
+    cells: Cells,
+    recipe: AnnotationRecipe,
+    *,
+    pretrained: bool,
+    seed: int,
+    folder: str | Path | None,
+    device: str | None,
+    threads: int | None,
+) -> tuple[ScGPT, NetworkPart | None, pd.DataFrame]:
+    """Do with the network what the recipe says.
+
+    Returns
+    -------
+    The network; what it says of the reference, None where it takes no part; the losses of a tuned one.
+    """
+    if recipe.tuning == "none":
+        return cells.model, None, pd.DataFrame()
+    if recipe.tuning == "frozen":
+        return cells.model, frozen_part(reference, embedded(cells, reference.rows), recipe.strengths, recipe.balance), pd.DataFrame()
+    model = begun(base, reference, recipe, pretrained=pretrained, seed=seed)
+    job = {"model": base.fingerprint, "pretrained": pretrained, "recipe": recipe.model_dump(mode="json"), "seed": seed}
+    return model, *tuned_part(model, reference, cells.source, recipe, seed=seed, folder=folder, job=job, device=device, threads=threads)
+
+
+def require_read(embedding: str | None, *, reads: bool) -> None:
+    """Refuse an embedding that would not be read."""
+    if embedding is not None and not reads:
+        found = f"an embedding, {embedding!r}, for a classifier that reads none: its network is tuned, or left out"
+        raise input_error(found, "a network that is used as it is (tuning: frozen)", "leave embedding (--embedding) out")
 
 
 def embedded(cells: Cells, rows: Int[np.ndarray, "cell"] | None = None) -> Float[np.ndarray, "cell width"]:
@@ -120,7 +155,9 @@ def tuned_part(
     device: str | None,
     threads: int | None,
 ) -> tuple[NetworkPart, pd.DataFrame]:
-    """Fine-tune in place on all folds but the first, which says when to stop and what the network is worth.
+    """Fine-tune in place on all folds but one, which says when to stop and what the network is worth.
+
+    It is the first that can say anything: whose types have cells in other folds.
 
     Parameters
     ----------
@@ -129,7 +166,8 @@ def tuned_part(
     job
         What must be the same, beside the cells, for a run to go on.
     """
-    held_back = np.flatnonzero((reference.folds == 0) & learnable(reference.codes, reference.folds))
+    told = learnable(reference.codes, reference.folds)
+    held_back = np.flatnonzero(told & (reference.folds == reference.folds[told].min()))
     data = CellDataModule(
         reference.cells,
         model.vocab,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,13 +12,17 @@ from jaxtyping import Float, Int
 
 from annformer.tasks._stack import thinned
 
+log = logging.getLogger(__name__)
+
 N_COMPONENTS = 50
 SHRINKAGE = 1e-3
 TAIL = 20
 MOST_BEYOND = 20.0
 """Logarithms by which a cell beyond all known ones may seem stranger than they."""
-
-
+NOVEL = 0.99
+"""Novelty above which a cell is called unassigned: so is one of a hundred cells of known types."""
+ENOUGH = 100
+"""Held-back cells from which on one of a hundred can be told."""
 NONE = np.zeros(0, np.int64)
 
 
@@ -105,6 +110,14 @@ def fit_novelty(
     known = np.column_stack([thinned(np.sort(column)) for column in own])
     spaces = tuple(fit_space(features, codes, n_types) for features in views)
     return Novelty(spaces, known, thinned(np.sort(_joined(known, own))))
+
+
+def warn_if_coarse(novelty: Novelty) -> None:
+    """Say when too few cells were held back for the usual limit to mean what it says."""
+    if (n := len(novelty.joined)) < ENOUGH:
+        log.warning(
+            "%d cells were held back: that a novelty above %g is one known cell in %d can be told from %d on", n, NOVEL, ENOUGH, ENOUGH
+        )
 
 
 def _distances(

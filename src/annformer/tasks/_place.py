@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
 from annformer.data.write import foreign_record
+from annformer.data.write_columns import left_over
 from annformer.errors import input_error
 
 
@@ -51,19 +52,16 @@ def put(adata: AnnData, key_added: str, result: np.ndarray | pd.DataFrame, recor
     return target
 
 
-def put_columns(
-    adata: AnnData, key_added: str, columns: pd.DataFrame, record: dict[str, Any], *, copy: bool, optional: Sequence[str] = ()
-) -> AnnData:
+def put_columns(adata: AnnData, key_added: str, columns: pd.DataFrame, record: dict[str, Any], *, copy: bool) -> AnnData:
     """Write `columns` into obs, and `uns["annformer"][key_added]`, of `adata` or a copy of it, which is returned.
 
-    Of the `optional` columns those that an earlier call with the same `key_added` has left, and this one does not write, are removed.
+    Columns that an earlier prediction with the same `key_added` has left, and this one does not write, are removed.
     """
     target = adata.copy() if copy else adata
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)
-        if key_added in target.uns.get("annformer", {}):
-            for left in (name for name in optional if name in target.obs and name not in columns):
-                del target.obs[left]
+        for left in left_over([str(name) for name in target.obs], columns, key_added, target.uns.get("annformer", {}).get(key_added)):
+            del target.obs[left]
         for name in columns:
             target.obs[name] = columns[name].array
     target.uns["annformer"] = {**target.uns.get("annformer", {}), key_added: record}

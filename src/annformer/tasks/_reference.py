@@ -16,7 +16,7 @@ from annformer.errors import AnnformerWarning, input_error
 from annformer.tasks._encoding import embeddings, matched, progress_bar
 from annformer.tasks._given import Cells, Chosen, given_embedding
 from annformer.tasks._index import ReferenceIndex, Study
-from annformer.tasks._mapping_cells import expressed, labelled, require_genes
+from annformer.tasks._mapping_cells import labelled, looked_at, require_genes, require_new
 from annformer.tasks._search import Nearest, seconds_to_compare
 from annformer.tasks._votes import UNASSIGNED
 
@@ -42,8 +42,11 @@ def grown(index: ReferenceIndex, cells: Cells) -> ReferenceIndex:
     match = matched(source, cells.model)
     if index.n_cells:
         require_genes(index.genes, match, source.name)
-    chosen = Chosen(source, rows)
-    vectors = _vectors(index, cells, chosen, rows)
+    looked = looked_at(Chosen(source, rows), cells.model.vocab, index.keys)
+    name = Path(source.name).name if source.container.on_disk else "AnnData"
+    require_new(looked, name)
+    rows, labels, keys = (values[~looked.known] for values in (rows, labels, looked.keys))
+    vectors = _vectors(index, cells, Chosen(source, rows), rows)
     there = np.isfinite(vectors[:, 0])
     n_there = int(there.sum())
     if index.n_cells + n_there <= index.settings.n_neighbours:
@@ -52,15 +55,15 @@ def grown(index: ReferenceIndex, cells: Cells) -> ReferenceIndex:
     if n_there < len(rows):
         msg = f"{len(rows) - n_there:,} cells express no gene that the model knows: they are left out"
         warnings.warn(msg, AnnformerWarning, stacklevel=3)
-    name = Path(source.name).name if source.container.on_disk else "AnnData"
     study = Study(name=name, n_cells=n_there, n_left_out=source.n_obs - n_there)
-    genes = expressed(chosen, cells.model.vocab)
     kept = vectors if n_there == len(vectors) else vectors[there]  # no second copy of what may be large
-    larger = index.with_cells(kept, source.obs_names[rows][there], labels[there], genes, study)
+    larger = index.with_cells(kept, source.obs_names[rows][there], labels[there], keys[there], looked.genes, study)
     if len(larger.classes) == 1:
         only = f"the reference has one label only, {larger.classes[0]!r}"
         msg = f"{only}: every cell will get it; distance and novelty still tell cells apart"
         warnings.warn(msg, AnnformerWarning, stacklevel=3)
+    if index.n_cells and (fresh := larger.classes[len(index.classes) :]):
+        log.info("labels that the reference did not have: %s", ", ".join(map(repr, fresh[:8])) + (", ..." if len(fresh) > 8 else ""))
     log.info("%s cells of %d types in the reference", f"{larger.n_cells:,}", len(larger.classes))
     return larger
 

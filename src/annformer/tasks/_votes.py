@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float32, Int
 
 from annformer.tasks._index import ReferenceIndex, distances
 from annformer.tasks._search import Nearest
+
+log = logging.getLogger(__name__)
 
 UNASSIGNED = "unassigned"
 """Label of cells that get none of the reference."""
@@ -45,7 +49,10 @@ def predictions(index: ReferenceIndex, found: Nearest, there: Int[np.ndarray, "q
     far = distances(found.similarities).mean(axis=1)
     novelty = index.percentile(far)
     if limit is not None:
-        codes[novelty > limit] = len(index.classes)
+        codes[above := novelty > limit] = len(index.classes)
+        if above.mean() > 0.5:
+            said = "%s of %s cells have a novelty above %g and get no label: those of other studies lie further away, of known types too"
+            log.warning(said, f"{int(above.sum()):,}", f"{len(above):,}", limit)
     whole = np.full(n_cells, len(index.classes))
     whole[there] = codes
     label = pd.Categorical.from_codes(whole, pd.Index([*index.classes, UNASSIGNED])).remove_unused_categories()

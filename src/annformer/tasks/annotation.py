@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,26 +21,22 @@ from annformer.data.write import require_place
 from annformer.data.write_columns import write_with_columns
 from annformer.errors import input_error
 from annformer.scgpt import DEFAULT_MODEL, ScGPT
-from annformer.tasks._annotation_cells import Reference, expressed_genes, read_reference, require_enough
+from annformer.tasks._annotation_cells import Reference, read_reference
 from annformer.tasks._annotation_columns import columns_of, never_empty, require_coverage, require_shares
-from annformer.tasks._annotation_recipe import AnnotationRecipe, Learned, Options
+from annformer.tasks._annotation_recipe import TASK, AnnotationRecipe, Learned, Options
 from annformer.tasks._cells import require_counts, require_genes
-from annformer.tasks._classifier import Answer, Classifier, NetworkPart
+from annformer.tasks._classifier import Answer, Classifier
 from annformer.tasks._encoding import device_named
 from annformer.tasks._finetune import loaded, made_for
 from annformer.tasks._given import Cells, How
-from annformer.tasks._network_part import begun, embedded, frozen_part, network_says, tuned_part, untouched
+from annformer.tasks._network_part import network_part, network_says, require_read, untouched
+from annformer.tasks._novelty import NOVEL, warn_if_coarse
 from annformer.tasks._output import Output
 from annformer.tasks._place import check_key, check_target, put_columns
 from annformer.tasks._threads import torch_threads
 from annformer.vocab import GeneVocab
 
-log = logging.getLogger(__name__)
-
-TASK = "annotation"
 KEY = "predicted_cell_type"
-NOVEL = 0.99
-"""Novelty above which a cell is called unassigned: so is one of a hundred cells of known types."""
 
 
 class CellTypeClassifier:
@@ -83,8 +78,9 @@ class CellTypeClassifier:
     n_cells_
         Cells of each type that were learned from.
     held_back_
-        Scores on cells of the reference that no part had learned from, beside those of calling all the most frequent type. A little
-        better than new cells will show: few numbers were chosen by them.
+        Scores on cells of the reference that no part had learned from: `accuracy` and `macro_f1` of the whole, of each part alone
+        (`expression_...`, `network_...`, where there is such a part), and of calling all the most frequent type (`majority_...`). A
+        little better than new cells will show: few numbers were chosen by them.
     part_weights_
         What the held-back cells say each part is worth: factors of its logits.
     match_
@@ -141,24 +137,35 @@ class CellTypeClassifier:
             When a column is missing or has gaps, or there is one type only.
         """
         began = time.monotonic()
-        recipe = self._recipe
-        base = loaded(self.model)
+        recipe, base = self._recipe, loaded(self.model)
         self.model_ = untouched(base, pretrained=self.pretrained, seed=self.seed, device=self.device)
-        _require_read(embedding, reads=recipe.tuning == "frozen")
+        require_read(embedding, reads=recipe.tuning == "frozen")
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             reference = self._read(cells.source, base.vocab.all_trained(), recipe)
-            network = self._network(base, reference, cells, recipe, folder)
+            self.model_, network, self.history_ = network_part(
+                base,
+                reference,
+                cells,
+                recipe,
+                pretrained=self.pretrained,
+                seed=self.seed,
+                folder=folder,
+                device=self.device,
+                threads=self.threads,
+            )
             self._classifier = Classifier.fit(reference, network, **recipe.linear_parts())
         self.held_back_ = self._classifier.held_back
-        made = self.model_.config.provenance if recipe.tuning in ("full", "low-rank") else {}
-        self.model_.config = self.model_.config.model_copy(update={"provenance": self._provenance(base, recipe) | made})
+        warn_if_coarse(self._classifier.novelty)
+        made = self.model_.config.provenance if recipe.tunes else {}
+        made = self._learned.provenance(recipe, base=base.name, pretrained=self.pretrained) | made
+        self.model_.config = self.model_.config.model_copy(update={"provenance": made})
         self.seconds_ = time.monotonic() - began
         return self
 
     def _read(self, source: AnnDataSource, vocab: GeneVocab, recipe: AnnotationRecipe) -> Reference:
-        if recipe.tuning in ("full", "low-rank"):
+        if recipe.tunes:
             require_counts(source)  # the tuned network reads expression, not only its order
-        reference, n_untyped = read_reference(
+        reference = read_reference(
             source,
             vocab,
             label_key=self.label_key,
@@ -167,40 +174,9 @@ class CellTypeClassifier:
             seed=self.seed,
             most_cells=recipe.most_cells if recipe.depths or recipe.scaled_genes else None,
         )
-        require_enough(expressed_genes(reference.cells))
-        self.match_ = source.match(vocab)
-        self.classes_ = reference.types
+        self.match_, self.classes_ = source.match(vocab), reference.types
         self.n_cells_ = tuple(map(int, np.bincount(reference.codes, minlength=len(reference.types))))
-        left_out = f", {n_untyped:,} without a type left out" if n_untyped else ""
-        log.info("%s cells of %d types%s", f"{len(reference.codes):,}", len(self.classes_), left_out)
         return reference
-
-    def _network(
-        self, base: ScGPT, reference: Reference, cells: Cells, recipe: AnnotationRecipe, folder: str | Path | None
-    ) -> NetworkPart | None:
-        self.history_ = pd.DataFrame()
-        if recipe.tuning == "none":
-            return None
-        if recipe.tuning == "frozen":
-            return frozen_part(reference, embedded(cells, reference.rows), recipe.strengths, recipe.balance)
-        self.model_ = begun(base, reference, recipe, pretrained=self.pretrained, seed=self.seed)
-        part, self.history_ = tuned_part(
-            self.model_,
-            reference,
-            cells.source,
-            recipe,
-            seed=self.seed,
-            folder=folder,
-            job={
-                "model": base.fingerprint,
-                "pretrained": self.pretrained,
-                "recipe": recipe.model_dump(mode="json"),
-                "seed": self.seed,
-            },
-            device=self.device,
-            threads=self.threads,
-        )
-        return part
 
     @property
     def _recipe(self) -> AnnotationRecipe:
@@ -210,11 +186,7 @@ class CellTypeClassifier:
     def part_weights_(self) -> dict[str, float]:
         """Factors of the logits of the parts: `expression at N counts`, `variable genes, scaled`, `network`."""
         self._require_fitted()
-        fitted = self._classifier
-        names = [f"expression at {depth:,.0f} counts" for depth in fitted.depths[: len(fitted.linears)]]
-        if self._recipe.scaled_genes and names:
-            names[-1] = "variable genes, scaled"
-        return dict(zip([*names, "network"], map(float, fitted.stack.weights), strict=False))
+        return self._classifier.part_weights(scaled=self._recipe.scaled_genes > 0)
 
     def predict(
         self,
@@ -258,8 +230,7 @@ class CellTypeClassifier:
         check_target(adata, copy=copy)
         with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
             table = self._columns(cells, coverage, unassigned_above, cluster_key)
-        record, optional = self._record(coverage, unassigned_above), (f"{key_added}_majority",)
-        target = put_columns(adata, key_added, table.add_prefix(key_added), record, copy=copy, optional=optional)
+        target = put_columns(adata, key_added, table.add_prefix(key_added), self._record(coverage, unassigned_above), copy=copy)
         return target if copy else None
 
     def predict_file(
@@ -373,18 +344,13 @@ class CellTypeClassifier:
         return one
 
     @contextmanager
-    def _source(self, adata: AnnData | str | Path) -> Iterator[AnnDataSource]:
+    def _cells(self, adata: AnnData | str | Path, how: How) -> Iterator[Cells]:
         with (
             threadpool_limits(self.threads),
             torch_threads(self.threads),
             reading_quietly(),
             AnnDataSource(adata, gene_key=self.gene_key, layer=self.layer) as source,
         ):
-            yield source
-
-    @contextmanager
-    def _cells(self, adata: AnnData | str | Path, how: How) -> Iterator[Cells]:
-        with self._source(adata) as source:
             yield Cells(adata, source, self.model_, **how)
 
     def _answered(self, adata: AnnData, how: How) -> Answer:
@@ -394,12 +360,11 @@ class CellTypeClassifier:
             return self._answer(cells)
 
     def _answer(self, cells: Cells) -> Answer:
-        source = cells.source
-        vocab = self.model_.vocab.all_trained()
-        require_genes(self._classifier.genes, source.match(vocab), source.name, "that the reference expresses")
-        linear, far = self._classifier.read(source, vocab)
-        fitted, network = self._classifier, None
-        _require_read(cells.embedding, reads=fitted.head is not None)
+        fitted, source, vocab = self._classifier, cells.source, self.model_.vocab.all_trained()
+        require_genes(fitted.genes, source.match(vocab), source.name, "that the reference expresses")
+        linear, far = fitted.read(source, vocab)
+        network = None
+        require_read(cells.embedding, reads=fitted.head is not None)
         if len(fitted.stack.weights) > len(linear):
             if self.device is not None:
                 self.model_.to(device_named(self.device))
@@ -412,37 +377,23 @@ class CellTypeClassifier:
         sets = self._classifier.stack.sets(answer.log_probabilities, coverage)
         return columns_of(answer, sets, self.classes_, unassigned_above=unassigned_above, clusters=clusters)
 
-    def _provenance(self, base: ScGPT, recipe: AnnotationRecipe) -> dict[str, Any]:
+    @property
+    def _learned(self) -> Learned:
         options = Options(label_key=self.label_key, batch_key=self.batch_key, layer=self.layer, gene_key=self.gene_key, seed=self.seed)
-        learned = Learned(types=self.classes_, n_cells=self.n_cells_, held_back=self.held_back_, options=options)
-        network = base.name if self.pretrained else "random weights"
-        verb = {"full": "fine-tuned", "low-rank": "fine-tuned (low rank)"}.get(recipe.tuning, "used as it is")
-        return {
-            "name": f"{base.name}, annotating {self.label_key}",
-            "task": TASK,
-            "made_by": f"annformer {annformer.__version__}, {network} {verb}",
-            "recipe": recipe.model_dump(mode="json"),
-            "classifier": learned.model_dump(mode="json"),
-        }
+        return Learned(types=self.classes_, n_cells=self.n_cells_, held_back=self.held_back_, options=options)
 
     def _record(self, coverage: float, unassigned_above: float | None) -> dict[str, Any]:
-        record = {
+        return {
             "model": self.model_.name,
             "fingerprint": self.model_.fingerprint,
             "task": TASK,
             "classes": list(self.classes_),
             "coverage": coverage,
             "version": annformer.__version__,
+            **({} if unassigned_above is None else {"unassigned_above": unassigned_above}),
         }
-        return record | ({} if unassigned_above is None else {"unassigned_above": unassigned_above})
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "_classifier"):
             found = "a CellTypeClassifier that was not fitted"
             raise input_error(found, "a fitted one", "call fit(adata) first, or CellTypeClassifier.load(folder)")
-
-
-def _require_read(embedding: str | None, *, reads: bool) -> None:
-    if embedding is not None and not reads:
-        found = f"an embedding, {embedding!r}, for a classifier that reads none: its network is tuned, or left out"
-        raise input_error(found, "a network that is used as it is (tuning: frozen)", "leave embedding (--embedding) out")
