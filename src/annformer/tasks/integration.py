@@ -143,6 +143,7 @@ class BatchIntegrator:
         vocab = base.vocab.all_trained()
         source = self._source(adata)
         require_counts(source)
+        source.codes("batch", self.batch_key)  # before the cells are read, and under the name that the user knows
         cells = MemoryCells(source, vocab, [self.batch_key])
         codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
         require_batches(codes, self.batches_, self.batch_key)
