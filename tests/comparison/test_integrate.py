@@ -213,7 +213,7 @@ def test_settings_and_genes_of_what_is_fine_tuned_are_said(cells, tiny_model, mo
     (tmp_path / "again.yaml").write_text(taught.recipe)
     assert IntegrationRecipe.named(str(tmp_path / "again.yaml")) == recipe
     assert "seed" not in taught.recipe, "the recipe's is not the one that was used"
-    assert taught.genes[1].endswith(f"has not learned 1 of them ({unlearned[0]}): it leaves them out until fine-tuning has taught it")
+    assert taught.genes[-1].endswith(f"has not learned 1 of the genes ({unlearned[0]}): it leaves them out until fine-tuning has taught it")
     alone = compared(cells, model, None, wanted=[integrate.ZERO, floor], recipe=recipe, seeds=(0,)).facts
     assert alone.recipe == ""
     assert any("1 column is a gene that the model has not learned" in line for line in alone.genes)

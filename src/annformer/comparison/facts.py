@@ -65,7 +65,7 @@ def gene_lines(source: AnnDataSource, base: ScGPT, *, tuned: bool = True) -> lis
     lines = match_genes(source.gene_names, base.vocab.all_trained()).report().lines("the fine-tuned model")
     if n := before.n_untrained:
         some = ", ".join(before.untrained[:5]) + (", ..." if n > 5 else "")
-        lines.insert(1, f"{base.name} has not learned {n:,} of them ({some}): it leaves them out until fine-tuning has taught it")
+        lines.append(f"{base.name} has not learned {n:,} of the genes ({some}): it leaves them out until fine-tuning has taught it")
     return lines
 
 
