@@ -86,7 +86,7 @@ ANNOTATIONS = [
     Row(
         "cells without the genes of the reference",
         CALLED,
-        ("of the", "genes that the reference expresses", "at least half"),
+        ("of the", "genes that the reference expresses", "at least"),
         _then(lambda kit: kit.cells(_few_genes)),
     ),
     Row("a coverage that is no share", f"{CALLED} --coverage 90", ("coverage=90", "--coverage"), _classifier),

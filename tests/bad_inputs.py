@@ -358,6 +358,11 @@ def no_batch(adata: AnnData) -> None:
     adata.obs.loc[adata.obs_names[4], "batch"] = None
 
 
+def blank_batch(kit: Kit) -> None:
+    """Write cells of which one has a batch without a name."""
+    kit.cells(lambda adata: adata.obs.__setitem__("batch", [" " if n == 4 else str(name) for n, name in enumerate(adata.obs["batch"])]))
+
+
 COMPARISONS = [
     Row(
         "an unknown task",
@@ -374,6 +379,7 @@ COMPARISONS = [
         ("no value in 1", "cell4"),
         lambda kit: kit.cells(no_batch),
     ),
+    Row("a batch without a name", f"{COMPARED} --batch_key batch --label_key cell_type", ("no value in 1", "cell4"), blank_batch),
     Row("one type", f"{COMPARED} --batch_key batch --label_key kind", ("one type, 'T'", "two types"), one_value("kind", "T")),
     Row("no type at all", f"{COMPARED} --batch_key batch --label_key kind", ("no type at all",), one_value("kind", "unknown")),
     Row(
@@ -474,6 +480,7 @@ INTEGRATIONS = [
         ("no value in 1", "cell4"),
         lambda kit: kit.cells(no_batch),
     ),
+    Row("a batch to integrate without a name", f"{INTEGRATED} --batch_key batch", ("no value in 1", "cell4"), blank_batch),
     Row("no gene that varies", f"{INTEGRATED} --batch_key batch", ("0 variable genes",), lambda kit: kit.cells(_constant)),
     Row("no epoch to integrate for", f"{INTEGRATED} --batch_key batch --epochs 0", ("epochs", "greater than 0")),
     Row("fewer threads than one", f"{INTEGRATED} --batch_key batch --threads -1", ("threads is -1", "1 or more")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,26 @@ def chromium(page: Path, profile: Path, *options: str) -> str:
     return run.stdout
 
 
-def measured_on_phone(page: Path, profile: Path) -> tuple[int, int]:
-    """Width of a page's content in a window as wide as a phone, and how many of its plots are drawn there.
+def told_on_phone(page: Path, profile: Path, script: str) -> str:
+    """What a script says (it sets `said`) that finds a page as `inside`, drawn in a window as wide as a phone.
 
     A window of a browser cannot be as narrow as a phone, so the page stands in a frame; scripts may look into it because of a switch.
     """
     frame = page.with_name("phone.html")
     frame.write_text(
         f'<iframe src="{page.name}" width="390" height="3000"></iframe><script>onload = () => setTimeout(() => {{'
-        'const inside = document.querySelector("iframe").contentDocument;'
-        'document.title = inside.documentElement.scrollWidth + " " + inside.querySelectorAll(".js-plotly-plot").length;'
+        f'const inside = document.querySelector("iframe").contentDocument; let said; {script}; document.title = said;'
         "}, 3000)</script>"
     )
     drawn = chromium(frame, profile, "--allow-file-access-from-files", "--dump-dom")
     frame.unlink()
-    width, plots = drawn.partition("<title>")[2].partition("</title>")[0].split()
+    return unescape(drawn.partition("<title>")[2].partition("</title>")[0])
+
+
+def measured_on_phone(page: Path, profile: Path) -> tuple[int, int]:
+    """Width of a page's content in a window as wide as a phone, and how many of its plots are drawn there."""
+    script = 'said = inside.documentElement.scrollWidth + " " + inside.querySelectorAll(".js-plotly-plot").length'
+    width, plots = told_on_phone(page, profile, script).split()
     return int(width), int(plots)
 
 

@@ -264,6 +264,23 @@ def test_labelled_cells_are_never_called(script, held_out) -> None:
         assert set(labelled.obs["cell_type"]) == set(cells.adata.obs["cell_type"])
 
 
+def test_corrected_expression_measures_planted_gaps(script) -> None:
+    corrected = script("corrected_expression")
+    obs = pd.DataFrame({"cell_type": ["T", "T", "T", "B", "B"], "batch": ["a", "a", "b", "a", "b"]})
+    values = pd.DataFrame({"gene": [1.0, 3.0, 5.0, 0.0, 1.0], "other": [0.0, 0.0, 1.0, 0.0, 0.0]})
+    means = corrected.type_means(values, obs)
+    assert corrected.gaps(means) == {("B", "a", "b"): 0.5, ("T", "a", "b"): 2.0}
+    assert corrected.of_types(means, "T", "B").to_dict() == {"gene": 3.0, "other": 0.5}
+
+
+def test_corrected_expression_prints_its_tables(script, held_out, capsys) -> None:
+    words = ["--data", str(held_out), "--set", "first", "--model", str(held_out / "model"), "--least_steps", "1", "--threads", "1"]
+    script("corrected_expression").main(words)
+    printed = capsys.readouterr().out
+    assert "| as measured | as corrected |" in printed
+    assert "| spread, corrected / measured |" in printed
+
+
 def test_few_shot_goes_on_where_it_stopped(script, tmp_path) -> None:
     few = script("pretraining_fewshot")
     runs, calls = few.Runs(tmp_path / "runs.csv"), []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -43,6 +45,10 @@ def test_what_it_leaves(cells, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "annformer integrate cells.h5ad" in page
     assert "annformer compare integrate" in page
+    assert "<dt>full card</dt><dd>model/README.md</dd>" in page and (tmp_path / "out" / "model" / "README.md").is_file()
+    assert "are known to the fine-tuned model" in page and "of which it was fine-tuned on 80" in page
+    settings = page.partition("<details>")[2].partition("<code>")[2].partition("</code>")[0]
+    assert "n_genes: 80" in settings and "smoothing: 0.6" in settings, "what the recipe leaves open stands there too"
     assert "<noscript>" in page
 
 
@@ -64,6 +70,8 @@ def test_a_stopped_run_goes_on(cells, tmp_path, monkeypatch, caplog):
         patch.setattr(BatchIntegrator, "transform", stopped)
         assert main(WORDS.split()) == 2
     assert (tmp_path / ".out.training" / "checkpoints").is_dir() and not (tmp_path / "out").exists()
+    (tmp_path / ".out.training" / "seconds").write_text("5000")
     assert main(WORDS.split()) == 0
     assert any("going on after step" in record.message for record in caplog.records)
     assert not (tmp_path / ".out.training").exists()
+    assert re.search(r"<dt>time</dt><dd>5,0\d\d s</dd>", (tmp_path / "out" / "report.html").read_text()), "with what it took before"

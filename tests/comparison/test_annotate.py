@@ -269,3 +269,12 @@ def test_the_type_is_told_under_one_name_whatever_the_column_is_called(cells, ti
         quick(patch)
         annotate.compare_annotation(cells, label_key="kind", model=tiny_model, table=table, seeds=(0,), n_draws=10)
     assert set(map(tuple, seen)) == {(TYPE,)}
+
+
+def test_settings_of_ours_are_said_where_it_learned_by_them(cells, tiny_model, monkeypatch):
+    table = table_of(cells, 0.9, {"floor": 0.5})
+    table[MAPPING] = dataclasses.replace(table[OURS], name=MAPPING)
+    monkeypatch.setattr(annotate, "methods", lambda *_, **__: table)
+    recipes = [compared(cells, tiny_model, None, seeds=(0,), wanted=[ours, "floor"]).facts.recipe for ours in (OURS, MAPPING)]
+    assert "tuning: frozen" in recipes[0]
+    assert recipes[1] == ""

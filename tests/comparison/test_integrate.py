@@ -14,8 +14,10 @@ from annformer.comparison.verdicts import verdict_table
 from annformer.data.anndata import AnnDataSource
 from annformer.evaluate.verdict import draws
 from annformer.report import scatter_figure
+from annformer.scgpt import ScGPT
 from annformer.tasks._integration_cells import FEWEST_CELLS
 from annformer.tasks._integration_recipe import IntegrationRecipe
+from annformer.vocab import GeneVocab
 from comparison_cells import N_CELLS, quick, some_cells, table_of
 
 OURS = [integrate.TUNED, integrate.SCRATCH, integrate.ZERO]
@@ -153,7 +155,7 @@ def test_draws_without_a_type_are_counted(cells, tiny_model, caplog, monkeypatch
     cells.obs.loc[np.arange(N_CELLS) % 15 >= 5, "cell_type"] = "unknown"
     with caplog.at_level("INFO", logger="annformer"):
         found = compared(cells, tiny_model, table_of(cells, 10.0, {"floor": 0.0}), seeds=(0,), n_draws=2_000)
-    assert (found.n_units, found.unit, judged) == (5, "whole batches (5 of 15 have types)", [(5,)])
+    assert (found.n_units, found.unit, judged) == (5, "whole batches (5 of 15 have types)", [(5,), (5, ("nmi", "ari", "asw_label"))])
     assert 0 < found.n_left_out < 40
     assert f"{found.n_left_out} of 2000 bootstrap draws have no cell" in caplog.text
     assert f"{found.n_left_out:,} draws without a cell" in _how_judged(found)
@@ -200,6 +202,33 @@ def test_anchors_alone_are_what_the_network_is_taught(cells, tiny_model, monkeyp
     found = integrate.methods(tiny_model, batch_key="batch", recipe=recipe)[integrate.ANCHORS].make(blind, 3).embedding
     assert found.shape == (N_CELLS, 12)
     assert np.array_equal(found, taught)
+
+
+def test_settings_and_genes_of_what_is_fine_tuned_are_said(cells, tiny_model, monkeypatch, tmp_path):
+    unlearned = [name for name in cells.var_names if name in tiny_model.vocab.tokens][:1]
+    model = ScGPT(tiny_model.config, GeneVocab(tiny_model.vocab.tokens, unlearned)).eval()
+    recipe = IntegrationRecipe.named("integrate").with_(n_genes=60, anchor={"n_components": 12, "n_neighbours": 10})
+    floor = "PCA all genes"
+    taught = compared(cells, model, None, wanted=[integrate.ANCHORS, floor], recipe=recipe, seeds=(0,)).facts
+    (tmp_path / "again.yaml").write_text(taught.recipe)
+    assert IntegrationRecipe.named(str(tmp_path / "again.yaml")) == recipe
+    assert "seed" not in taught.recipe, "the recipe's is not the one that was used"
+    assert taught.genes[-1].endswith(f"has not learned 1 of the genes ({unlearned[0]}): it leaves them out until fine-tuning has taught it")
+    alone = compared(cells, model, None, wanted=[integrate.ZERO, floor], recipe=recipe, seeds=(0,)).facts
+    assert alone.recipe == ""
+    assert any("1 column is a gene that the model has not learned" in line for line in alone.genes)
+
+
+def test_the_sentence_hears_of_the_parts_of_avg_bio(cells, tiny_model, monkeypatch):
+    heard = []
+    monkeypatch.setattr(integrate, "sentence", lambda *_, parts: heard.append(parts) or "said")
+    found = compared(cells, tiny_model, table_of(cells, 6.0, {"floor": 1.0}), seeds=(0,))
+    parts = heard[0].query("other == 'floor'").set_index("score")
+    means = found.means().set_index("method")
+    assert list(parts.index) == ["nmi", "ari", "asw_label"]
+    for name, row in parts.iterrows():
+        assert row["difference"] == pytest.approx(means.loc[integrate.TUNED, name] - means.loc["floor", name])
+        assert row["low"] < row["difference"] + 0.05 and row["verdict"] == "beats"
 
 
 def test_what_fine_tuning_adds_to_its_anchors_is_said(cells, tiny_model):
@@ -268,8 +297,12 @@ def test_of_very_many_cells_some_of_every_type_and_batch_are_scored(cells, tiny_
 def test_columns_that_can_colour_a_map(cells):
     cells.obs["one"], cells.obs["name"], cells.obs["flag"] = "same", [f"c{n}" for n in range(N_CELLS)], np.arange(N_CELLS) % 2 == 0
     assert list(colours_of(cells.obs, "cell_type", "batch")) == ["batch", "cell_type", "depth", "flag"]
-    assert not_coloured(cells.obs, "cell_type", "batch")["not among the colours"].startswith("one, name (one value, more than 56")
-    assert not_coloured(cells.obs.drop(columns=["one", "name"]), "cell_type", "batch") == {}
+    cells.obs["same"], cells.obs["empty"] = 7, None
+    said = not_coloured(cells.obs, "cell_type", "batch")["not among the colours"]
+    assert said == "one, same (one value); name (more than 56 values); empty (no value)"
+    many = cells.obs.drop(columns=["one", "same", "empty", "name"]).assign(**{f"n{i}": np.arange(N_CELLS) for i in range(40)})
+    assert not_coloured(many, "cell_type", "batch")["not among the colours"] == "n36, n37, n38, n39 (more than 40 columns)"
+    assert not_coloured(cells.obs.drop(columns=["one", "same", "empty", "name"]), "cell_type", "batch") == {}
 
 
 def test_numbered_batches_and_types_are_names(cells):

@@ -149,3 +149,9 @@ def test_page_has_pictures_where_scripts_are_off(page, tmp_path):
     image = seen_without_scripts(page, tmp_path / "profile")
     coloured = (image.max(axis=2) - image.min(axis=2) > 0.3).sum()
     assert coloured > 5_000, "no picture is to be seen"
+
+
+def test_settings_are_folded_away(found, page, tmp_path):
+    assert "<details>" not in page.read_text(), "methods of one's own have none that we know"
+    write_page(dataclasses.replace(found, facts=dataclasses.replace(found.facts, recipe="n_genes: 80")), tmp_path / "report.html")
+    assert "<pre><code>n_genes: 80</code></pre></details>" in (tmp_path / "report.html").read_text()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from annformer.comparison.verdicts import VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
+from annformer.comparison.verdicts import PARTS, VERDICTS, held_against, sentence, unit_of, units_drawn, usable, verdict_table
 
 
 def judged(ours: float, *others: float, noise: float = 0.01) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -56,6 +56,24 @@ def test_a_part_that_goes_the_other_way_is_said():
     assert "beats the best baseline, floor 0, in the overall score (" in said
     assert "against the best in each: behind floor 1 in keeping types apart, ahead of floor 0 in mixing batches)" in said
     assert said.endswith("use ours, unless keeping types apart is what matters to you.")
+
+
+@pytest.mark.parametrize(
+    ("nmi", "asw", "said"),
+    [
+        (0.4, 0.9, "but the parts of keeping types apart disagree: against floor 1 ahead in silhouettes, behind in clusters (NMI)."),
+        (0.699, 0.9, None),
+        (0.8, 0.9, None),
+    ],
+)
+def test_parts_that_disagree_beyond_chance_are_said(nmi, asw, said):
+    verdicts, means = judged(0.8, 0.6, 0.7)
+    means = means.assign(nmi=[nmi, 0.9, 0.7], ari=0.7, asw_label=[asw, 0.6, 0.7])
+    rng = np.random.default_rng(0)
+    drawn = {row["method"]: row[list(PARTS)].to_numpy(float) + 0.01 * rng.normal(size=(400, 3)) for _, row in means.iterrows()}
+    text = sentence(verdicts, means, parts=verdict_table(means, drawn, "ours", None, tuple(PARTS)))
+    assert text.endswith(f": use ours; {said}" if said else ": use ours.")
+    assert text.count(". ") == 0, "one sentence"
 
 
 @pytest.mark.parametrize(

@@ -231,13 +231,19 @@ def test_names_that_do_not_exist(refused, tiny_adata) -> None:
     assert "give gene_key='gene_symbol'" in refused(adata, gene_key="gene_symbols")
     assert "give layer='Counts'" in refused(adata, layer="counts")
     assert "give cell_type_key='cell_type'" in refused(adata, label_keys={"cell_type": "celltype"})
+    assert "give column='cell_type'" in refused(adata, label_keys={"celltype": "celltype"}), "a column by itself has no key"
     assert "one of: 'X'" in refused(tiny_adata(), layer="nothing like it")
 
 
 def test_cells_without_label(refused, tiny_adata) -> None:
     adata = tiny_adata()
     adata.obs.loc[["cell4", "cell9"], "batch"] = np.nan
-    assert "obs['batch'] has no value in 2 of 60 cells (the first: 'cell4')" in refused(adata, label_keys={"batch": "batch"})
+    said = refused(adata, label_keys={"batch": "batch"})
+    assert "obs['batch'] has no value in 2 of 60 cells (the first: 'cell4')" in said
+    adata.obs["batch"] = adata.obs["batch"].cat.add_categories(["", " "])
+    adata.obs.loc["cell4", "batch"], adata.obs.loc["cell9", "batch"] = "", " "
+    assert refused(adata, label_keys={"batch": "batch"}) == said, "a blank is no name of a batch"
+    assert AnnDataSource(adata).codes("label", "batch")[4] != AnnDataSource(adata).codes("label", "batch")[5], "a blank type is no type"
 
 
 def test_a_broken_layer_does_not_hinder_the_description(path: Path) -> None:

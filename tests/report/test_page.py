@@ -12,6 +12,7 @@ from annformer.report import (
     Bullets,
     Code,
     Facts,
+    Folded,
     Note,
     Page,
     Table,
@@ -23,7 +24,7 @@ from annformer.report import (
     require_packages,
     scatter_figure,
 )
-from browser import chromium, measured_on_phone, needs_browser
+from browser import chromium, measured_on_phone, needs_browser, told_on_phone
 
 HOSTILE = "</script><script>document.title = 'stolen'</script>"
 
@@ -45,7 +46,13 @@ def make_page() -> Page:
     scores = pd.DataFrame({"method": ["ours", "PCA <x>"], "accuracy": [0.81234, float("nan")], "F1": ["0.7 ± 0.1", "0.8 ± 0.1"]})
     page = Page("A <title>", "What it is.").add("Maps", Note("PCA is better."), maps).add("Training", curve)
     return page.add(
-        "Numbers", Text("1 < 2"), Table(scores, "Scores.", bold=[1]), Bullets(["one"]), Facts({"cells": 30}), Code("annformer demo")
+        "Numbers",
+        Text("1 < 2"),
+        Table(scores, "Scores.", bold=[1]),
+        Bullets(["one"]),
+        Facts({"cells": 30}),
+        Code("annformer demo"),
+        Folded("Settings", "a: <1>"),
     )
 
 
@@ -111,6 +118,10 @@ def test_text_is_escaped_everywhere(html):
     assert HOSTILE in payload["columns"][0]["levels"]
 
 
+def test_what_is_folded_opens_without_scripts(html):
+    assert "<details><summary>Settings</summary><pre><code>a: &lt;1&gt;</code></pre></details>" in html
+
+
 def test_table_rounds_numbers_and_marks_rows(html):
     assert "0.812" in html
     assert "0.81234" not in html
@@ -137,6 +148,17 @@ def test_the_still_image_has_two_panels_in_a_row(n_panels, wide, high):
 def size_of(png: bytes) -> tuple[int, int]:
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     return width, height
+
+
+@pytest.mark.parametrize("colour_by", [["type"], ["donor", "type"]])
+def test_a_long_legend_leaves_the_still_maps_as_large_as_they_were(colour_by):
+    types = [f"CD{n}+ effector memory alpha-beta T cell, subset number {n}" for n in range(50)]
+    cells = pd.DataFrame({"donor": ["d"] * 50, "type": types})
+    maps = {name: np.random.default_rng(0).normal(size=(50, 2)) for name in ("ours", "PCA")}
+    few = scatter_figure(maps, cells.assign(type="T"), colour_by=colour_by, caption="")
+    many = scatter_figure(maps, cells, colour_by=colour_by, caption="")  # matplotlib warns where maps have no room left
+    lines = 50 if len(colour_by) > 1 else 50 / 3
+    assert size_of(many.png)[1] - size_of(few.png)[1] == pytest.approx(110 * 0.2 * (lines - 4), abs=30)
 
 
 def make_pairs():
@@ -251,3 +273,36 @@ def test_pairs_dots_panels_and_heat_are_drawn_and_fit_a_phone(tmp_path):
     width, plots = measured_on_phone(path, tmp_path / "profile")
     assert plots == 11
     assert width <= 390, "the page is wider than a phone"
+
+
+_NAMES_TICKED = """
+inside.querySelectorAll("input").forEach(box => { box.checked = true; box.onchange(); });
+said = JSON.stringify([...inside.querySelectorAll(".js-plotly-plot")].map(plot => ({
+  x: plot._fullLayout.xaxis.range, panel: plot.getBoundingClientRect(),
+  names: [...plot.querySelectorAll("g.annotation")].map(one => ({ text: one.textContent, box: one.getBoundingClientRect() })),
+})))
+"""
+
+
+@needs_browser
+def test_many_long_names_leave_the_map_to_be_seen(tmp_path):
+    """The map is as wide as without them, no name lies over another, and they cover no more than a part of it."""
+    rng = np.random.default_rng(0)
+    types = [f"CD{n % 50}+ effector memory alpha-beta T cell, subset number {n % 50}" for n in range(400)]
+    cells = pd.DataFrame({"donor": [f"donor {n % 3}" for n in range(400)], "type": types})
+    places = rng.normal(size=(50, 2))[np.arange(400) % 50] * 10 + rng.normal(size=(400, 2))
+    figure = scatter_figure({"ours": places}, cells, colour_by=["donor", "type"], caption="Many.")
+    path = Page("Many").add("Maps", figure).write(tmp_path / "report.html")
+    donors, named = json.loads(told_on_phone(path, tmp_path / "profile", _NAMES_TICKED))
+    low, high = places[:, 0].min(), places[:, 0].max()
+    assert named["x"] == pytest.approx([low - 0.05 * (high - low), high + 0.05 * (high - low)], rel=1e-3)
+    assert 3 <= len(named["names"]) < 50
+    assert donors["names"][0]["text"] == "donor 0"
+    panel, boxes = named["panel"], [one["box"] for one in named["names"]]
+    assert all(len(one["text"]) <= 14 and "…" in one["text"] for one in named["names"])
+    assert sum(box["width"] * box["height"] for box in boxes) < 0.35 * panel["width"] * panel["height"]
+    assert all(panel["left"] - 2 <= box["left"] and box["right"] <= panel["right"] + 2 for box in boxes)
+    for n, one in enumerate(boxes):
+        for other in boxes[:n]:
+            apart = one["right"] < other["left"] + 2 or other["right"] < one["left"] + 2
+            assert apart or one["bottom"] < other["top"] + 4 or other["bottom"] < one["top"] + 4

@@ -230,8 +230,24 @@ def test_a_batch_that_was_not_fitted_is_refused(fitted, tiny_adata):
 
 def test_cells_without_the_genes_are_refused(fitted, cells):
     kept = [name for name in cells.var_names if name not in fitted.genes_[10:]]
-    with pytest.raises(InputError, match="at least half"):
+    with pytest.raises(InputError, match=r"has 10 of the 100 genes that the model was fitted on[\s\S]*at least 50 of them"):
         fitted.transform(cells[:, kept].copy())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda obs: obs.rename(columns={"batch": "donor"}), "give batch_key='donor'"),
+        (lambda obs: obs.assign(donors=[None] * 3 + ["a", "b"] * 118 + ["a"]), "a batch for every cell"),
+        (lambda obs: obs.assign(donors=["", "  ", "\t"] + ["a", "b"] * 118 + ["a"]), "no value in 3 of 240 cells (the first: 'cell0')"),
+    ],
+)
+def test_batches_that_are_not_there_are_called_by_their_option(model, cells, change, words):
+    other = cells.copy()
+    other.obs = change(other.obs)
+    with pytest.raises(InputError) as refused:
+        BatchIntegrator(model, batch_key="donors", recipe=RECIPE).fit(other)
+    assert words in str(refused.value)
 
 
 def test_not_fitted(cells):

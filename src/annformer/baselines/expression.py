@@ -56,7 +56,7 @@ def highly_variable(counts: Counts, batches: Names | None = None, n: int = 2_000
     """
     n_genes = counts.shape[1]
     if n >= n_genes:
-        return VariableGenes(np.ones(n_genes, dtype=bool), f"all {n_genes} genes: no more than {n} are measured")
+        return VariableGenes(np.ones(n_genes, dtype=bool), f"all {n_genes:,} genes: no more than {n:,} are measured")
     ways = [("seurat_v3", batches), ("seurat", batches), ("seurat", None)]
     failed: list[str] = []
     if find_spec("skmisc") is None:

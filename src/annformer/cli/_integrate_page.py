@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +15,12 @@ from jaxtyping import Float
 
 from annformer.baselines.integration import INTEGRATION
 from annformer.comparison.cells import blind_cells, colours_of, drawn_cells, labels_of, not_coloured, scored_cells
-from annformer.comparison.facts import INTEGRATION_PACKAGES, model_facts, version_facts
+from annformer.comparison.facts import INTEGRATION_PACKAGES, RECIPE_TITLE, as_yaml, gene_lines, model_facts, version_facts
 from annformer.comparison.methods import threads_kept
 from annformer.data.anndata import AnnDataSource
 from annformer.evaluate.integration import DEFINITIONS, integration_scores
-from annformer.report import Bullets, Code, Facts, Figure, Note, Page, Table, Text, line_panels, scatter_figure, umap
+from annformer.report import Bullets, Code, Facts, Figure, Folded, Note, Page, Table, Text, line_panels, scatter_figure, umap
+from annformer.tasks._finetune import loaded
 from annformer.tasks.integration import BatchIntegrator
 
 OURS, FLOOR = "annformer fine-tuned", "PCA HVG"
@@ -34,6 +35,8 @@ class Shown:
     name: str
     command: str
     facts: Mapping[str, object]
+    genes: Sequence[str]
+    """The gene match in sentences."""
     embeddings: Mapping[str, Float[np.ndarray, "cell width"]]
     maps: Mapping[str, Float[np.ndarray, "drawn 2"]]
     columns: pd.DataFrame
@@ -57,21 +60,21 @@ class Shown:
             scores = _scores(embeddings, labels, batches, scored, seed)
         label = label_key if label_key is not None else integrator.batch_key
         sizes = zip(*np.unique(batches, return_counts=True), strict=True)
-        made = integrator.model_.config.provenance
+        how = str(integrator.model_.config.provenance["genes_chosen_by"])
         facts: dict[str, object] = {
             "cells": name,
             "size": f"{adata.n_obs:,} cells, {source.n_vars:,} genes",
             "matrix used": f"{source.counts.where}: {source.counts.kind}",
             "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
-            "genes read": f"{len(integrator.genes_):,} that vary within the batches ({made['genes_chosen_by']})",
+            "genes read": how if how.startswith("all ") else f"{len(integrator.genes_):,} that vary within the batches ({how})",
             "time": f"{integrator.seconds_:,.0f} s",
         }
         if scored.sum() < known.sum():
             facts["scored"] = f"{scored.sum():,} cells, drawn at random"
+        genes = gene_lines(source, loaded(integrator.model))
         facts |= not_coloured(adata.obs, label, integrator.batch_key)
-        return cls(
-            integrator, name, command, facts, embeddings, maps, colours_of(adata.obs, label, integrator.batch_key).iloc[rows], scores
-        )
+        columns = colours_of(adata.obs, label, integrator.batch_key).iloc[rows]
+        return cls(integrator, name, command, facts, genes, embeddings, maps, columns, scores)
 
 
 def write_page(shown: Shown, path: Path) -> None:
@@ -90,13 +93,16 @@ def write_page(shown: Shown, path: Path) -> None:
         "Whether to trust it",
         Note(
             "This page shows the result beside principal components that were not integrated at all, which is not a hard test. "
-            "`annformer compare integrate`, with the same options, says whether Harmony or scVI would have done as well on these cells."
+            "The command annformer compare integrate, with the same options, says whether Harmony or scVI would have done as well here."
         ),
     )
     page.add("Training", _curves(integrator.history_))
     page.add("The cells", Facts(shown.facts))
-    page.add("Genes", Bullets(integrator.match_.report().lines()))
-    page.add("The model", Facts(model_facts(integrator.model_, "")))
+    page.add("Genes", Bullets(shown.genes))
+    model = model_facts(integrator.model_, "") | {"full card": "model/README.md"}
+    made_by = integrator.model_.config.provenance["recipe"]
+    assert isinstance(made_by, dict), "fit() writes it"
+    page.add("The model", Facts(model), Folded(RECIPE_TITLE, as_yaml(made_by)))
     page.add("How to get this page again", Code(shown.command), Facts(version_facts(INTEGRATION_PACKAGES)))
     page.add("Using it", Text("Neighbours, clusters and maps of the integrated cells:"), Code(_USE))
     page.write(path)

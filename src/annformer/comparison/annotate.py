@@ -29,7 +29,7 @@ from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.calls import Called, Caller, CallRun, Split, run_folds, shuffled, with_parts
 from annformer.comparison.cells import colours_of, data_card, drawn_cells, not_coloured
 from annformer.comparison.embedded import EMBEDDING, embed_once
-from annformer.comparison.facts import card_says, card_text, model_facts, version_facts
+from annformer.comparison.facts import as_yaml, card_says, card_text, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import choose, threads_kept
 from annformer.comparison.result import Facts, Maps
@@ -123,11 +123,8 @@ def compare_annotation(
     chosen.sort(key=list(every.values()).index)  # the verdicts are about the first of ours in the table, however they were named
     genes = task.source.match(loaded.vocab).report().lines(loaded.name)
     told = [task.truth] if task.batches is None else [task.truth, task.batches]
-    job = {
-        "cells": digest(task.cells, told),
-        "model": loaded.fingerprint,
-        "options": plain_options(AnnotationRecipe, "annotate", classifier),
-    }
+    options = plain_options(AnnotationRecipe, "annotate", classifier)
+    job = {"cells": digest(task.cells, told), "model": loaded.fingerprint, "options": options}
     kept = Kept(folder if table is None else None, job)
     with reading_quietly(), _only_warnings("annformer.tasks"):
         seconds = embed_once(task.cells, loaded, classifier, kept)
@@ -146,6 +143,7 @@ def compare_annotation(
         versions=version_facts(PACKAGES, seeds=", ".join(map(str, seeds))),
         definitions=scoring.DEFINITIONS,
         skipped=skipped | by_name,
+        recipe=as_yaml(options["recipe"]) if table is None and any(row.name in (OURS, SCRATCH) for row in chosen) else "",
     )
     runs = [
         replace(run, seconds=run.seconds + seconds) if run.name in {row.name for row in chosen if row.embedded} else run for run in runs

@@ -12,7 +12,17 @@ from annformer.comparison.annotation_cells import BY_BATCH
 from annformer.comparison.annotation_result import AnnotationComparison
 from annformer.comparison.annotation_scores import COVERAGE, COVERAGE_WORDS, JUDGED
 from annformer.comparison.calls import CONTROL
-from annformer.comparison.page import best_floor, cells_by, chosen, few_seeds, how_judged, intervals, labels_of, skipped, verdict_blocks
+from annformer.comparison.page import (
+    best_floor,
+    cells_by,
+    chosen,
+    few_seeds,
+    how_judged,
+    labels_of,
+    recipe,
+    skipped,
+    verdict_blocks,
+)
 from annformer.comparison.table import scores_table
 from annformer.report import (
     Block,
@@ -41,7 +51,6 @@ def write_page(comparison: AnnotationComparison, path: Path) -> None:
         Note(comparison.sentence),
         *map(Text, comparison.notes),
         *verdict_blocks(comparison),
-        intervals(comparison),
         Text(how_judged(comparison, "with what it calls each cell as it is")),
     )
     page.add("Scores", *_scores(comparison))
@@ -54,7 +63,7 @@ def write_page(comparison: AnnotationComparison, path: Path) -> None:
     page.add("Maps", *maps(comparison))
     page.add("The cells", Facts(found.cells), cells_by(comparison))
     page.add("Genes", Bullets(found.genes))
-    page.add("The model", *[Text(text) for text in [found.card] if text], Facts(found.model))
+    page.add("The model", *[Text(text) for text in [found.card] if text], Facts(found.model), *recipe(found))
     page.add("What the scores are", Facts(found.definitions))
     page.add("What this does not show", Bullets(_caveats(comparison)))
     page.add("How to get this page again", Code(found.command), Facts(found.versions), *skipped(comparison))

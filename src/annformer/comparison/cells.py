@@ -203,10 +203,21 @@ def colours_of(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> pd.D
 
 
 def not_coloured(obs: pd.DataFrame, label_key: str, batch_key: str | None) -> dict[str, object]:
-    """Say which columns the maps cannot be coloured by; nothing where there are none."""
-    names = [str(name) for name in obs if name not in set(colours_of(obs, label_key, batch_key))]
-    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    return {"not among the colours": f"{listed} (one value, more than {MOST_LEVELS}, or more than {MOST_COLUMNS} columns)"} if names else {}
+    """Say which columns the maps cannot be coloured by, and why; nothing where there are none."""
+    shown, by_reason = set(colours_of(obs, label_key, batch_key)), dict[str, list[str]]()
+    for name in obs:
+        if name not in shown:
+            by_reason.setdefault(_why_not(obs[name]), []).append(str(name))
+    said = [f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} ({why})" for why, names in by_reason.items()]
+    return {"not among the colours": "; ".join(said)} if said else {}
+
+
+def _why_not(column: pd.Series) -> str:
+    """Why a column does not colour the maps."""
+    if _can_colour(column):
+        return f"more than {MOST_COLUMNS} columns"
+    n = column.nunique()
+    return f"more than {MOST_LEVELS} values" if n > MOST_LEVELS else "one value" if n else "no value"
 
 
 def _can_colour(column: pd.Series) -> bool:

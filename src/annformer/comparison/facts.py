@@ -6,10 +6,13 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+import yaml
 
+from annformer.data.anndata import AnnDataSource
+from annformer.genes import match_genes
 from annformer.scgpt import ScGPT, locate
 
 INTEGRATION_PACKAGES: Final = (
@@ -17,6 +20,7 @@ INTEGRATION_PACKAGES: Final = (
     *("harmonypy", "scvi-tools"),
 )
 """Versions of what an integration, its floors, its scores and its maps follow."""
+RECIPE_TITLE: Final = "Settings by which it learned here: the recipe as used"
 
 
 def card_text(source: str | Path) -> str:
@@ -38,12 +42,31 @@ def model_facts(model: ScGPT, card: str) -> dict[str, object]:
     return {
         "name": model.name,
         "network": f"{sizes.n_layers} layers, {sizes.width} wide, {sizes.n_heads} heads",
-        "vocabulary": f"{len(model.vocab.genes):,} genes, {len(model.vocab.untrained):,} of them not learned and not read",
+        "vocabulary": f"{len(model.vocab.genes):,} genes, {_read_of(model)}",
         "tokens per cell": f"at most {model.tokenizer.max_length:,}",
         **{name: as_words(made[key]) for name, key in told.items() if key in made},
-        "full card": "README.md in the folder of the model" if card else "none",
+        **({"full card": "README.md in the folder of the model"} if card else {}),
         "fingerprint": model.fingerprint,
     }
+
+
+def _read_of(model: ScGPT) -> str:
+    """Which genes of its vocabulary a model reads."""
+    if model.panel is not None:
+        return f"of which it was fine-tuned on {len(model.panel):,}"
+    return f"{len(model.vocab.untrained):,} of them not learned and not read"
+
+
+def gene_lines(source: AnnDataSource, base: ScGPT, *, tuned: bool = True) -> list[str]:
+    """Say which genes of the cells are known: to `base`, or, where it is fine-tuned, to what comes of it, which learns all of its genes."""
+    before = match_genes(source.gene_names, base.vocab).report()
+    if not tuned:
+        return before.lines(base.name)
+    lines = match_genes(source.gene_names, base.vocab.all_trained()).report().lines("the fine-tuned model")
+    if n := before.n_untrained:
+        some = ", ".join(before.untrained[:5]) + (", ..." if n > 5 else "")
+        lines.append(f"{base.name} has not learned {n:,} of the genes ({some}): it leaves them out until fine-tuning has taught it")
+    return lines
 
 
 def as_words(value: object) -> str:
@@ -51,6 +74,12 @@ def as_words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {as_words(inner)}" for name, inner in value.items())
     return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def as_yaml(recipe: Mapping[str, Any]) -> str:
+    """Settings of a recipe as a file that `--recipe` reads, but for its seed: the estimator has its own."""
+    said = dict(recipe) | {"train": {name: value for name, value in recipe["train"].items() if name != "seed"}}
+    return yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=100)
 
 
 def version_facts(packages: Iterable[str], **more: object) -> dict[str, object]:

@@ -26,11 +26,11 @@ from annformer.comparison.cells import (
     require_shared_types,
     scored_cells,
 )
-from annformer.comparison.facts import INTEGRATION_PACKAGES, card_says, card_text, model_facts, version_facts
+from annformer.comparison.facts import INTEGRATION_PACKAGES, as_yaml, card_says, card_text, gene_lines, model_facts, version_facts
 from annformer.comparison.kept import Kept, digest, plain_options
 from annformer.comparison.methods import Made, Method, Run, choose, first_of, log_of, run_all, shuffled, threads_kept
 from annformer.comparison.result import Comparison, Facts, Maps
-from annformer.comparison.verdicts import VERDICTS, caveats, held_against, sentence, unit_of, units_drawn, usable, verdict_table
+from annformer.comparison.verdicts import PARTS, VERDICTS, caveats, held_against, sentence, unit_of, units_drawn, usable, verdict_table
 from annformer.data.anndata import AnnDataSource, reading_quietly
 from annformer.errors import input_error
 from annformer.evaluate import integration
@@ -85,7 +85,7 @@ def _integrated(
     integrator = BatchIntegrator(model, **options, pretrained=pretrained, layer="X", seed=seed)
     integrator.fit(cells, folder=folder)
     integrator.transform(cells)
-    return Made(np.asarray(cells.obsm["X_annformer"]), integrator.history_, integrator.match_.report().lines())
+    return Made(np.asarray(cells.obsm["X_annformer"]), integrator.history_)
 
 
 def _embedded(model: ScGPT | str | Path, cells: AnnData, seed: int, *, device: str | None, threads: int | None) -> Made:
@@ -166,12 +166,17 @@ def compare_integration(
     chosen, skipped = choose(methods(model, batch_key=batch_key, **integrator) if table is None else table, wanted)
     require_shared_types(labels, batches)
     require_cells(batches, batch_key, {method.name: method.fewest_cells for method in chosen})
-    if table is None and any(method.name in (TUNED, SCRATCH, ANCHORS) for method in chosen):
+    taught = table is None and any(method.name in (TUNED, SCRATCH, ANCHORS) for method in chosen)
+    if taught:
         with reading_quietly():
             require_variable_genes(cells, model, _recipe(integrator), batch_key=batch_key)
     ours = next(method.name for method in chosen if method.kind == "ours")
     loaded = model if isinstance(model, ScGPT) else ScGPT.from_pretrained(model)
-    genes = source.match(loaded.vocab).report().lines(loaded.name)
+    with reading_quietly():
+        source.match(loaded.vocab)  # refused here, under the names that the user knows
+    genes = gene_lines(source, loaded, tuned=taught)
+    for line in genes:
+        log.info("%s", line)
     options = plain_options(IntegrationRecipe, "integrate", integrator)
     finished = Kept(folder if table is None else None, {"cells": digest(cells), "model": loaded.fingerprint, "options": options})
     with reading_quietly():
@@ -188,6 +193,7 @@ def compare_integration(
     means = scores.groupby(["method", "kind"], sort=False).mean(numeric_only=True).reset_index()
     n_units = units_drawn(batches[scored], labels[scored])
     verdicts = verdict_table(means, drawn, ours, n_units)
+    parts = verdict_table(means, {name: some[:, len(VERDICTS) :] for name, some in drawn.items()}, ours, n_units, tuple(PARTS))
     n_left_out = int((~usable(drawn)).sum())
     if n_left_out:
         log.info("%d of %d bootstrap draws have no cell that tells types or mixing: left out", n_left_out, n_draws)
@@ -198,13 +204,14 @@ def compare_integration(
         | ({"scored": f"{scored.sum():,} cells, drawn at random"} if scored.sum() < kept.sum() else {})
         | not_coloured(adata.obs, label_key, batch_key),
         cells_by=pd.crosstab(pd.Series(labels, name=label_key), pd.Series(batches, name=batch_key)),
-        genes=next((run.made.genes for run in runs if run.made.genes), genes),
+        genes=genes,
         model=model_facts(loaded, card),
         card=card_says(card),
         command=command,
         versions=version_facts(INTEGRATION_PACKAGES, seeds=", ".join(map(str, seeds))),
         definitions=integration.DEFINITIONS,
         skipped=skipped,
+        recipe=as_yaml(options["recipe"]) if taught else "",
     )
     return Comparison(
         task="integrate",
@@ -220,7 +227,7 @@ def compare_integration(
         maps=Maps(rows, maps, colours_of(adata.obs, label_key, batch_key).iloc[rows]),
         history=log_of(runs),
         facts=facts,
-        sentence=sentence(verdicts, means),
+        sentence=sentence(verdicts, means, parts=parts),
         notes=held_against(verdicts, HELD_AGAINST) + caveats(len(seeds)),
     )
 
@@ -238,7 +245,8 @@ def score(
 
     Returns
     -------
-    One row per run; method -> the scores of `VERDICTS` on every draw, averaged over its seeds; scores by method and type.
+    One row per run; method -> the scores of `VERDICTS`, then those of `PARTS`, on every draw, averaged over its seeds; scores by method
+    and type.
     """
     labels, batches = labels[kept], batches[kept]
     require_shared_types(labels, batches)
@@ -252,7 +260,7 @@ def score(
         cost = {"seconds": run.seconds, "memory_mb": run.memory_mb}
         rows.append({"method": name, "kind": run.method.kind, "seed": run.seed} | cost | parts.scores())
         on_draws = [parts.label_scores(weight.astype(np.float64)) for weight in weights]
-        drawn.setdefault(name, []).append(np.array([[found[score] for score in VERDICTS] for found in on_draws]))
+        drawn.setdefault(name, []).append(np.array([[found[score] for score in (*VERDICTS, *PARTS)] for found in on_draws]))
         by_label.append(integration.per_label_scores(parts).assign(method=name))
     table = pd.concat(by_label).groupby(["method", "label"], sort=False).mean(numeric_only=True).reset_index()
     return pd.DataFrame(rows), {name: np.mean(some, axis=0) for name, some in drawn.items()}, table

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,12 +21,11 @@ from annformer.comparison.cells import fresh
 from annformer.comparison.kept import NOTHING_KEPT, Arrays, Kept, table_as_arrays, table_of_arrays
 from annformer.durations import in_words
 from annformer.errors import input_error
+from annformer.tasks._stopwatch import timed
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["ours", "floor", "control"]
-SECONDS: Final = "seconds"
-"""File in the folder of a run that goes on: what it took before it was stopped."""
 SAMPLED_EVERY = 0.02
 """Seconds between two looks at the memory."""
 
@@ -38,16 +36,15 @@ class Made:
 
     embedding: Float[np.ndarray, "cell width"]
     history: pd.DataFrame | None = None
-    genes: Sequence[str] = ()
 
     def arrays(self) -> Arrays:
         """All of it, to be kept."""
-        return {"embedding": self.embedding, "genes": np.array(self.genes, dtype=str), **table_as_arrays(self.history)}
+        return {"embedding": self.embedding, **table_as_arrays(self.history)}
 
     @classmethod
     def of_arrays(cls, arrays: Arrays) -> Self:
         """Take what `arrays` gave."""
-        return cls(arrays["embedding"], table_of_arrays(arrays), tuple(map(str, arrays["genes"])))
+        return cls(arrays["embedding"], table_of_arrays(arrays))
 
 
 class Listed(Protocol):
@@ -183,26 +180,12 @@ def watched(work: Callable[[], Found], folder: Path | None = None) -> tuple[Foun
     Parameters
     ----------
     folder
-        Of work that goes on where it was stopped: the seconds before are kept there, and counted. After a `kill -9` they are lost.
+        Of work that goes on where it was stopped: the seconds before are kept there, and counted.
     """
-    before = _seconds_before(folder)
-    began = time.perf_counter()
-    try:
-        with threads_kept(), MemoryWatch() as memory:
-            made = work()
-            seconds = before + time.perf_counter() - began
-    except BaseException:
-        if folder is not None and folder.is_dir():
-            (folder / SECONDS).write_text(str(before + time.perf_counter() - began))
-        raise
-    return made, seconds, memory.growth_mb
-
-
-def _seconds_before(folder: Path | None) -> float:
-    try:
-        return 0.0 if folder is None else float((folder / SECONDS).read_text())
-    except (OSError, ValueError):
-        return 0.0
+    with timed(folder) as seconds, threads_kept(), MemoryWatch() as memory:
+        made = work()
+        taken = seconds()
+    return made, taken, memory.growth_mb
 
 
 @dataclass

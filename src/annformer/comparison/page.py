@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from annformer.comparison.facts import RECIPE_TITLE
 from annformer.comparison.methods import CONTROL
 from annformer.comparison.result import Comparison
+from annformer.comparison.result import Facts as CellFacts
 from annformer.comparison.table import scores_table, verdicts_table
 from annformer.comparison.verdicts import VERDICTS
 from annformer.evaluate.verdict import widening
-from annformer.report import Block, Bullets, Code, Facts, Note, Page, Table, Text, dot_figure, line_panels, scatter_figure
+from annformer.report import Block, Bullets, Code, Facts, Folded, Note, Page, Table, Text, dot_figure, line_panels, scatter_figure
 
 if TYPE_CHECKING:
     from annformer.report import Figure
@@ -37,7 +39,6 @@ def write_page(comparison: Comparison, path: Path) -> None:
         Note(comparison.sentence),
         *map(Text, comparison.notes),
         *verdict_blocks(comparison),
-        intervals(comparison),
         Text(_how_judged(comparison)),
     )
     page.add("Scores", *_scores(comparison))
@@ -47,7 +48,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
         page.add("Training", curves(comparison))
     page.add("The cells", Facts(found.cells), cells_by(comparison))
     page.add("Genes", Bullets(found.genes))
-    page.add("The model", *[Text(text) for text in [found.card] if text], Facts(found.model))
+    page.add("The model", *[Text(text) for text in [found.card] if text], Facts(found.model), *recipe(found))
     page.add("What the scores are", Facts(found.definitions))
     page.add("What this does not show", Bullets(_caveats(comparison)))
     page.add("How to get this page again", Code(found.command), Facts(found.versions), *skipped(comparison))
@@ -134,10 +135,11 @@ def _summary(comparison: Comparison) -> str:
 
 
 def verdict_blocks(comparison: Comparison) -> list[Block]:
-    """Verdicts as tables."""
+    """Verdicts as tables and as a picture."""
     table, best = verdicts_table(comparison), comparison.verdicts["best_floor"].to_numpy()
     return [
         Table(table[best], "Against the best baseline by each score: the choice favours the baselines."),
+        intervals(comparison),
         Table(table[~best], "Against every other method."),
     ]
 
@@ -172,6 +174,11 @@ def cells_by(comparison: Comparison) -> Table:
     """How many cells of which type there are in which batch."""
     table = comparison.facts.cells_by
     return Table(table.reset_index(), f"Number of cells by {table.index.name} and {table.columns.name}.")
+
+
+def recipe(found: CellFacts) -> list[Block]:
+    """By which settings ours learned, folded away."""
+    return [Folded(RECIPE_TITLE, found.recipe)] if found.recipe else []
 
 
 def skipped(comparison: Comparison) -> list[Block]:

@@ -32,6 +32,8 @@ class Facts:
     """Score -> what it is."""
     skipped: Mapping[str, str]
     """Method that was not run -> why."""
+    recipe: str = ""
+    """Settings by which ours learned, as YAML; "" where it did not."""
 
 
 @dataclass(frozen=True)

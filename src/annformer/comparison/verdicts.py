@@ -17,6 +17,8 @@ IN_WORDS: Final = {"overall": "the overall score", "avg_bio": "keeping types apa
 """The scores of integration that get verdicts, the one that decides first -> what it is to be good in them."""
 VERDICTS: Final = tuple(IN_WORDS)
 """Their names."""
+PARTS: Final = {"nmi": "clusters (NMI)", "ari": "clusters (ARI)", "asw_label": "silhouettes"}
+"""What AvgBIO is the mean of -> in words: a sum says nothing where they disagree."""
 
 
 def units_drawn(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> int | None:
@@ -52,7 +54,7 @@ def verdict_table(
     means
         One row per method, averaged over seeds: method, kind, and the scores.
     drawn
-        Method -> its scores on the same draws, averaged over seeds; the columns are `scores`.
+        Method -> its scores on the same draws, averaged over seeds; the first columns are `scores`.
     n_units
         Batches that were drawn, None where it were cells.
     scores
@@ -74,13 +76,17 @@ def verdict_table(
     return pd.DataFrame(rows)
 
 
-def sentence(verdicts: pd.DataFrame, means: pd.DataFrame, scores: Mapping[str, str] = IN_WORDS) -> str:
+def sentence(
+    verdicts: pd.DataFrame, means: pd.DataFrame, scores: Mapping[str, str] = IN_WORDS, *, parts: pd.DataFrame | None = None
+) -> str:
     """Say in one sentence whether to trust `ours` on these cells.
 
     Parameters
     ----------
     scores
         Those with verdicts, the one that decides first -> what it is to be good in them.
+    parts
+        Verdicts on `PARTS`, to say where they contradict each other.
     """
     best = verdicts[verdicts["best_floor"]].set_index("score")
     first, *others = scores
@@ -88,10 +94,11 @@ def sentence(verdicts: pd.DataFrame, means: pd.DataFrame, scores: Mapping[str, s
     words = {score: str(best.loc[score, "verdict"]) for score in scores}
     verb = {"beats": "beats", "ties": "ties with", "loses": "loses to"}[words[first]]
     stands = {"beats": "ahead of", "ties": "level with", "loses": "behind"}
-    parts = ", ".join(f"{stands[words[score]]} {best['other'].astype(str)[score]} in {scores[score]}" for score in others)
-    in_each = f"against the best in each: {parts}" if len(others) > 1 else f"{parts}, the best in that"
+    in_others = ", ".join(f"{stands[words[score]]} {best['other'].astype(str)[score]} in {scores[score]}" for score in others)
+    in_each = f"against the best in each: {in_others}" if len(others) > 1 else f"{in_others}, the best in that"
     claim = f"{decides['ours']} {verb} the best baseline, {decides['other']}, in {scores[first]} ({_between(decides)}; {in_each})"
-    return f"On these cells {claim}: {_advice(str(decides['ours']), str(decides['other']), words, means, scores)}."
+    advice = _advice(str(decides["ours"]), str(decides["other"]), words, means, scores)
+    return f"On these cells {claim}: {advice}{'' if parts is None else _contradiction(parts, str(decides['other']))}."
 
 
 def caveats(n_seeds: int) -> list[str]:
@@ -110,6 +117,15 @@ def held_against(verdicts: pd.DataFrame, others: Mapping[str, str], score: str =
         for other, what in others.items()
         if other in rows
     ]
+
+
+def _contradiction(parts: pd.DataFrame, other: str) -> str:
+    """Say that of the parts of one score some are better than those of `other` and some worse, both beyond chance; else nothing."""
+    said = {str(row["score"]): str(row["verdict"]) for _, row in parts[parts["other"] == other].iterrows()}
+    ahead, behind = (" and ".join(PARTS[score] for score, word in said.items() if word == wanted) for wanted in ("beats", "loses"))
+    if not (ahead and behind):
+        return ""
+    return f"; but the parts of {IN_WORDS['avg_bio']} disagree: against {other} ahead in {ahead}, behind in {behind}"
 
 
 def _n_typed(batches: Shaped[np.ndarray, "cell"], labels: Shaped[np.ndarray, "cell"]) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from scipy.sparse import csr_array
 
 from annformer.data.collapse import Collapsed, Rows, bad_values, collapse, joined
@@ -208,18 +208,21 @@ class AnnDataSource:
     def codes(self, role: str, column: str) -> Int[np.ndarray, "cell"]:
         """Integer codes of an obs column; what they stand for is then in `categories[role]`.
 
+        A column that stands for itself, role and name being one, has no `..._key` by which the user named it.
+
         Raises
         ------
         InputError
-            When there is no such column or a cell has no value in it.
+            When there is no such column, or a cell has no value in it; for a batch a blank is none (a type that is blank is no type).
         """
-        values = require_column(self.container.obs, column, where="obs", option=f"{role}_key")
-        missing = np.flatnonzero(np.asarray(values.isna()))
+        option, what = ("column", "value") if role == column else (f"{role}_key", role)
+        values = require_column(self.container.obs, column, where="obs", option=option)
+        missing = np.flatnonzero(_blank(values) if role == "batch" else np.asarray(values.isna()))
         if len(missing):
             found = f"obs[{column!r}] has no value in {len(missing)} of {self.n_obs} cells (the first: {str(self.obs_names[missing[0]])!r})"
             raise input_error(
                 found,
-                f"a {role} for every cell",
+                f"a {what} for every cell",
                 "fill the gaps, for example with 'unknown', or leave those cells out",
             )
         categorical = pd.Categorical(values).remove_unused_categories()
@@ -290,6 +293,15 @@ class AnnDataSource:
         if n_doubles:
             msg = f"{self.name}: {n_doubles} of {self.n_obs} cells have the name of another cell; cells are told apart by their position"
             warnings.warn(msg, AnnformerWarning, stacklevel=3)
+
+
+def _blank(values: pd.Series) -> Bool[np.ndarray, "cell"]:
+    """Which values are missing, or text without a letter."""
+    missing = np.asarray(values.isna())
+    if not is_text(values):
+        return missing
+    codes, kinds = pd.factorize(values)  # few kinds stand for many cells
+    return missing | np.append([not text.strip() for text in as_text(kinds)], True)[codes]
 
 
 def _require_some(container: Container) -> None:

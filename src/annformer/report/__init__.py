@@ -2,7 +2,7 @@
 
 from annformer.report.figures import Figure, dot_figure, heat_figure, line_figure, line_panels, scatter_figure
 from annformer.report.maps import umap
-from annformer.report.page import Block, Bullets, Code, Facts, Note, Page, Table, Text, require_packages
+from annformer.report.page import Block, Bullets, Code, Facts, Folded, Note, Page, Table, Text, require_packages
 
 __all__ = [
     "Block",
@@ -10,6 +10,7 @@ __all__ = [
     "Code",
     "Facts",
     "Figure",
+    "Folded",
     "Note",
     "Page",
     "Table",

@@ -59,6 +59,15 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """Something long to be copied letter for letter, that opens when its title is clicked."""
+
+    title: str
+    text: str
+    kind: str = field(default="folded", init=False)
+
+
+@dataclass(frozen=True)
 class Table:
     """A table as it is to be read: numbers already rounded or rounded by `digits`; `bold` marks rows by position."""
 
@@ -97,7 +106,7 @@ def _is_number(value: object) -> bool:
     return str(value).lstrip("+-")[:1].isdigit() or str(value) in {"-", ""}
 
 
-Block = Text | Note | Bullets | Facts | Code | Table | Figure
+Block = Text | Note | Bullets | Facts | Code | Folded | Table | Figure
 
 
 class Page:

@@ -24,6 +24,10 @@ MOST_NUMBERED = 15
 """Rows or columns up to which percentages are written into a table of colours."""
 _MANY = 4
 """Maps in one picture from which on they are drawn smaller."""
+_LONGEST = 33
+"""Letters of a label in the legend of maps."""
+_LINES_AT_HAND, _LEGEND_LINE = 4, 0.2
+"""Lines of a legend for which there is room anyway, and inches of each further one."""
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name -> x values, y values."""
@@ -35,38 +39,55 @@ def scatter_png(panels: Mapping[str, Float[np.ndarray, "cell 2"]], described: Ma
     columns = min(2, len(views))
     rows = math.ceil(len(views) / columns)
     small = len(views) > _MANY
-    figure, axes = _canvas(rows, columns, width=(3.6 if small else 5.2) * columns, height=0.8 + (3.2 if small else 4.8) * rows)
+    width = (3.6 if small else 5.2) * columns
+    labelled = {name: _labels(column) for name, column in described.items()}
+    wide = 1 if len(described) > 1 else _side_by_side(next(iter(labelled.values())), width)
+    lines = max(math.ceil(len(labels) / wide) for labels in labelled.values())
+    height = 0.8 + (3.2 if small else 4.8) * rows + _LEGEND_LINE * max(0, lines - _LINES_AT_HAND)
+    figure, axes = _canvas(rows, columns, width=width, height=height)
     for axis in axes[len(views) :]:
         axis.remove()
     for axis, (title, xy, name) in zip(axes, views, strict=False):
         column = described[name]
         if "levels" in column:
-            _draw_categories(axis, xy, column, size=8 if small else 20)
+            _draw_categories(axis, xy, column, labelled[name], size=8 if small else 20)
         else:
             numbers = np.array([math.nan if value is None else value for value in column["numbers"]])
             figure.colorbar(axis.scatter(xy[:, 0], xy[:, 1], c=numbers, s=14, cmap="cividis"), ax=axis, label=name)
         axis.set(title=f"{title}, by {name}" if len(described) > 1 else title, xticks=[], yticks=[])
         if small:
             axis.title.set_fontsize(9)
-    _add_legends(figure, axes, list(described))
+    _add_legends(figure, axes, list(described), wide)
     return _png(figure)
 
 
-def _draw_categories(axis: Any, xy: np.ndarray, described: Mapping[str, Any], *, size: float) -> None:
+def _labels(described: Mapping[str, Any]) -> list[str]:
+    """What stands in the legend, with the number of points; of long names the beginning and the end."""
+    cut = (_LONGEST - 1) // 2
+    short = [name if len(name) <= _LONGEST else f"{name[:cut]}…{name[-cut:]}" for name in described.get("levels", ())]
+    return [f"{name} ({described['codes'].count(n)})" for n, name in enumerate(short)]
+
+
+def _side_by_side(labels: Sequence[str], width: float) -> int:
+    """How many of these labels fit beside each other into so many inches."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(3, len(labels), int(width / (0.5 + 0.07 * longest))))
+
+
+def _draw_categories(axis: Any, xy: np.ndarray, described: Mapping[str, Any], labels: Sequence[str], *, size: float) -> None:
     codes = np.array(described["codes"])
-    for n, level in enumerate(described["levels"]):
+    for n, label in enumerate(labels):
         here = xy[codes == n]
         look = {"c": COLOURS[n % len(COLOURS)], "marker": _MARKERS[SYMBOLS[n % len(SYMBOLS)]]}
-        axis.scatter(here[:, 0], here[:, 1], **look, s=size, linewidths=0.3, edgecolors="#333333", label=f"{level} ({len(here)})")
+        axis.scatter(here[:, 0], here[:, 1], **look, s=size, linewidths=0.3, edgecolors="#333333", label=label)
 
 
-def _add_legends(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
-    """One legend for each column, side by side below the maps."""
+def _add_legends(figure: Any, axes: Sequence[Any], names: Sequence[str], wide: int) -> None:
+    """One legend for each column, side by side below the maps; `wide` labels stand beside each other."""
     places = ["outside lower center"] if len(names) == 1 else ["outside lower left", "outside lower right"]
     for axis, name, place in zip(axes, names, places, strict=False):
         handles, labels = axis.get_legend_handles_labels()
         if handles:
-            wide = min(3, len(labels)) if len(names) == 1 else 1
             figure.legend(handles, labels, loc=place, ncols=wide, frameon=False, title=name, markerscale=1.6, fontsize="small")
 
 

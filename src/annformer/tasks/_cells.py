@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 
 import numpy as np
@@ -68,11 +69,12 @@ def require_genes(genes: Int[np.ndarray, "gene"], match: GeneMatch, name: str, w
     what
         Which genes these are, for the message.
     """
-    there = float(np.isin(genes, match.ids).mean())
-    found = f"{name} has {there:.0%} of the {len(genes):,} genes {what}"
-    if there < LEAST_SHARE:
-        raise input_error(found, "at least half of them", "give all genes that were measured, or fit on cells with the same genes as these")
-    if there < GOOD_SHARE:
+    there = int(np.isin(genes, match.ids).sum())
+    found = f"{name} has {there:,} of the {len(genes):,} genes {what}"
+    if there < LEAST_SHARE * len(genes):
+        remedy = "give all genes that were measured, or fit on cells with the same genes as these"
+        raise input_error(found, f"at least {math.ceil(LEAST_SHARE * len(genes)):,} of them", remedy)
+    if there < GOOD_SHARE * len(genes):
         warnings.warn(f"{found}; the others count as average", AnnformerWarning, stacklevel=5)
 
 

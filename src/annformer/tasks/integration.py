@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,6 +31,7 @@ from annformer.tasks._finetune import grown, loaded, made_for, trained
 from annformer.tasks._integration_cells import require_batches, warn_empty
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks._place import check_key, check_target, put
+from annformer.tasks._stopwatch import timed
 from annformer.tasks._threads import torch_threads
 from annformer.train.datamodule import CellDataModule
 from annformer.vocab import GeneVocab
@@ -100,7 +100,7 @@ class BatchIntegrator:
     history_
         Losses by step, `train/...` and `validation/...`.
     seconds_
-        What `fit` took (after `fit`).
+        What `fit` took, with its earlier starts in the same folder (after `fit`).
     """
 
     def __init__(
@@ -137,12 +137,19 @@ class BatchIntegrator:
         InputError
             When there is one batch only, a batch of few cells, a cell without batch, no counts, or hardly a gene that varies.
         """
-        began = time.monotonic()
+        place = None if folder is None else Path(folder)
+        with timed(place) as seconds:
+            self._fit(adata, place)
+            self.seconds_ = seconds()
+        return self
+
+    def _fit(self, adata: AnnData | str | Path, place: Path | None) -> None:
         recipe = self.recipe if isinstance(self.recipe, IntegrationRecipe) else IntegrationRecipe.named(self.recipe)
         base = loaded(self.model)
         vocab = base.vocab.all_trained()
         source = self._source(adata)
         require_counts(source)
+        source.codes("batch", self.batch_key)  # before the cells are read, and under the name that the user knows
         cells = MemoryCells(source, vocab, [self.batch_key])
         codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
         require_batches(codes, self.batches_, self.batch_key)
@@ -159,13 +166,8 @@ class BatchIntegrator:
         expression = expression_over(cells, panel)
         self._prepare(expression, codes, recipe)
         known_as = digest(cells, codes)
-        job = {
-            "model": base.fingerprint,
-            "pretrained": self.pretrained,
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": self.seed,
-            "cells": known_as,
-        }
+        asked = {"pretrained": self.pretrained, "recipe": recipe.model_dump(mode="json"), "seed": self.seed}
+        job = {"model": base.fingerprint, "cells": known_as} | asked
         log.info(
             "fine-tuning %s on %s cells (%s held back) of %d batches, %s genes, for %d steps",
             base.name,
@@ -174,15 +176,12 @@ class BatchIntegrator:
             f"{len(panel):,}",
             data.n_steps,
         )
-        place = None if folder is None else Path(folder)
         self.history_ = trained(self.model_, data, folder=place, job=job, device=self.device, threads=self.threads)
         self.model_.eval()
         with torch_threads(self.threads):
             states = self._encoded(source, codes)
             self._known = known_as, states
             self._correction = None if recipe.gepc is None else fit_correction(self.model_, states, self._placed(states), codes, expression)
-        self.seconds_ = time.monotonic() - began
-        return self
 
     def transform(self, adata: AnnData, *, key_added: str = "X_annformer", copy: bool = False) -> AnnData | None:
         """Write the integrated embedding into `obsm[key_added]` (float32): of the fitted cells, or of new ones.
