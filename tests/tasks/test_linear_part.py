@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from annformer.tasks import _linear_part
@@ -19,10 +20,16 @@ def problem(n, p, seed=0, k=3):
     return x, codes
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    monkeypatch.setattr(_linear_part, "FLAT", 1e-6)
+
+
 def scale_of(x):
     return LENGTH / np.sqrt(np.square(x).sum(axis=1).mean())
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("n", "p"), [(60, 200), (200, 40)])
 def test_it_is_the_logistic_regression_of_scikit_learn(n, p):
     x, codes = problem(n, p)
@@ -33,6 +40,19 @@ def test_it_is_the_logistic_regression_of_scikit_learn(n, p):
     np.testing.assert_allclose(ours - np.logaddexp.reduce(ours, axis=1, keepdims=True), expected, atol=5e-3)
 
 
+@pytest.mark.parametrize(("n", "p"), [(60, 200), (200, 40), (400, 1000)])
+def test_it_stops_where_probabilities_hardly_change(monkeypatch, n, p):
+    x, codes = problem(n, p)
+    said = []
+    for flat in (_linear_part.FLAT, 1e-6):
+        monkeypatch.setattr(_linear_part, "FLAT", flat)
+        found = fit_linear(sp.csr_matrix(x), codes, 3, np.arange(n) % 3, strengths=(0.001, 0.01), balance=0.0)
+        said.append(np.exp(log_softmax(found.out_of_fold / found.factor, axis=1)))
+    assert np.abs(said[0] - said[1]).max() < 0.02
+    assert (said[0].argmax(axis=1) != said[1].argmax(axis=1)).mean() < 0.02
+
+
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("n", "p"), [(60, 200), (200, 40)])
 def test_features_that_are_dense_or_sparse_or_too_many_give_the_same(monkeypatch, n, p):
     x, codes = problem(n, p)

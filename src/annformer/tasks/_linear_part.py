@@ -9,7 +9,8 @@ another solver on purpose: see there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,8 +28,14 @@ LENGTH = 30.0
 """Features are scaled to this root of the mean squared length, so that strengths mean the same for all of them."""
 MOST_DENSE = 2e8
 """Numbers that may stand in memory beside the sparse ones."""
-JITTER = 1e-5
+JITTER = 1e-4
+"""Added to the products of cells with themselves, in mean products: more than what float32 gets wrong of them."""
 MOST_STEPS = 100
+FLAT = 1e-3
+"""Steepness at which a solution is good enough, where each direction curves about as much as one cell in its square root."""
+N_AXES = 64
+"""Directions whose curvature is told apart; all others are taken to curve alike."""
+LEAST_CURVATURE = 1e-3
 TEMPERATURES = (1.0, 20.0)
 """Between which factors of logits are sought: against what is too sure there are stronger penalties."""
 
@@ -85,16 +92,15 @@ def fit_linear(
     strata
         Another way to part the cells, to be held back by with the strength that was chosen.
     """
-    x = _Features(features)
+    x = _coordinates(features)
 
     def cross_fitted(parts: Int[np.ndarray, "cell"], strengths: Sequence[float]) -> Float[np.ndarray, "strength cell type"]:
         logits = np.zeros((len(strengths), len(codes), n_types))
         for part in range(int(parts.max()) + 1):
             rows, others = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
-            plane = x.plane(rows)
-            there = plane.apply(others)
-            for n, theta in enumerate(_path(plane.z, codes[rows], n_types, strengths, balance)):
-                logits[n, others] = there @ theta[:-1] + theta[-1]
+            there = x.z[others]
+            for n, theta in enumerate(_path(x, rows, codes[rows], n_types, strengths, balance)):
+                logits[n, others] = there @ theta[:-1].astype(np.float32) + theta[-1]
         return logits
 
     held_back = cross_fitted(folds, strengths)
@@ -103,11 +109,9 @@ def fit_linear(
     tempered = [_tempered(logits[told], codes[told]) for logits in held_back]
     best = int(np.argmax([said for _, said in tempered]))
     factor = tempered[best][0]
-    plane = x.plane(np.arange(len(codes)))
-    *_, theta = _path(plane.z, codes, n_types, strengths[: best + 1], balance)
-    weight = plane.weight(theta[:-1]) * factor
-    mean = np.asarray(features.mean(axis=0), np.float64).reshape(-1)
-    linear = Linear(weight.astype(np.float32), theta[-1] * factor - plane.centre @ weight, mean.astype(np.float32))
+    *_, theta = _path(x, np.arange(len(codes)), codes, n_types, strengths[: best + 1], balance)
+    weight = x.weight(theta[:-1]) * factor
+    linear = Linear(weight.astype(np.float32), theta[-1] * factor - x.centre @ weight, _mean(features).astype(np.float32))
     apart = None if strata is None else cross_fitted(strata, strengths[: best + 1])[best] * factor
     return Fitted(linear, held_back[best] * factor, float(strengths[best]), factor, apart)
 
@@ -150,121 +154,152 @@ def fit_scaled(
     return fitted._replace(linear=Linear(weight, fitted.linear.bias, whole))
 
 
-class _Features:
-    """Features of all cells; knows the cheapest exact coordinates of any part of them."""
-
-    def __init__(self, features: sp.csr_matrix | Float[np.ndarray, "cell feature"]) -> None:
-        self.x = features
-        squares = features.multiply(features).sum() if sp.issparse(features) else np.square(features, dtype=np.float64).sum()
-        self.scale = LENGTH / max(float(np.sqrt(squares / features.shape[0])), 1e-12)
-        n, p = features.shape
-        self.by_products = n < p and n <= FEW
-        self.gram = None
-        if self.by_products:
-            dense = self.dense(np.arange(n))
-            dense -= dense.mean(axis=0, dtype=np.float64).astype(np.float32)  # a common part would hide the differences in float32
-            self.gram = (dense @ dense.T).astype(np.float64)
-
-    def dense(self, rows: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell feature"]:
-        part = self.x[rows]
-        return np.asarray(part if isinstance(part, np.ndarray) else part.toarray(), np.float32) * np.float32(self.scale)
-
-    def plane(self, rows: Int[np.ndarray, "cell"]) -> _Plane:
-        """Coordinates that span the centred features of these cells."""
-        return _ProductPlane(self, rows) if self.by_products else _FeaturePlane(self, rows)
+def _mean(features: sp.csr_matrix | Float[np.ndarray, "cell feature"]) -> Float[np.ndarray, "feature"]:
+    return np.asarray(features.mean(axis=0), np.float64).reshape(-1)
 
 
-class _Plane:
-    """Coordinates of some cells: all that a quadratic penalty sees of their features."""
+class _Coordinates:
+    """Coordinates of all cells: all that a quadratic penalty sees of their features. The features themselves, to a common scale.
+
+    What is taken off as the centre, and that cells are among them which are not learned from, changes nothing in what is learned from
+    others: the intercept is free, and weights lie in the span of the cells that are learned from.
+    """
 
     z: Float[np.ndarray, "cell coordinate"] | sp.csr_matrix
     centre: Float[np.ndarray, "feature"]
     """What is taken off the features."""
 
-    def apply(self, rows: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell coordinate"]:
-        """Coordinates of other cells."""
-        raise NotImplementedError
+    def __init__(self, features: sp.csr_matrix | Float[np.ndarray, "cell feature"], scale: float) -> None:
+        self.scale = scale
+        if sp.issparse(features) and (features.shape[1] > FEW or np.prod(features.shape) > MOST_DENSE):
+            self.centre = np.zeros(features.shape[1])
+            self.z = sp.csr_matrix(features * scale, dtype=np.float32)
+        else:
+            self.centre = _mean(features)
+            self.z = _centred(features, self.centre, scale)
 
     def weight(self, theta: Float[np.ndarray, "coordinate type"]) -> Float[np.ndarray, "feature type"]:
         """Weights of the features."""
-        raise NotImplementedError
+        return theta * self.scale
+
+    @cached_property
+    def curvature(self) -> _Curvature:
+        """How far the cells spread along which axes."""
+        return _curvature(self.z)
 
 
-class _ProductPlane(_Plane):
+class _Products(_Coordinates):
     """From the products of cells with cells, where there are fewer cells than features: L of the Cholesky decomposition L L' of these."""
 
-    def __init__(self, features: _Features, rows: Int[np.ndarray, "cell"]) -> None:
-        assert features.gram is not None
-        self.features, self.rows = features, rows
-        gram = features.gram[np.ix_(rows, rows)]
-        self.means = gram.mean(axis=0)
-        centred = gram - self.means[:, None] - self.means[None, :] + self.means.mean()
-        centred[np.diag_indices(len(rows))] += JITTER * max(float(np.trace(centred)) / len(rows), 1e-12)
-        self.lower = cholesky(centred, lower=True)
+    def __init__(self, features: sp.csr_matrix | Float[np.ndarray, "cell feature"], scale: float) -> None:
+        self.scale, self.features, self.centre = scale, features, _mean(features)
+        dense = _centred(features, self.centre, scale)  # a common part would hide the differences in float32
+        gram = (dense @ dense.T).astype(np.float64)
+        del dense
+        gram[np.diag_indices(len(gram))] += JITTER * max(float(np.trace(gram)) / len(gram), 1e-12)
+        self.lower = cholesky(gram, lower=True, overwrite_a=True)
         self.z = self.lower.astype(np.float32)
-        self.centre = np.asarray(features.x[rows].mean(axis=0), np.float64).reshape(-1)
-
-    def apply(self, rows: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell coordinate"]:
-        assert self.features.gram is not None
-        products = self.features.gram[np.ix_(rows, self.rows)]
-        centred = products - products.mean(axis=1, keepdims=True) - self.means + self.means.mean()
-        return solve_triangular(self.lower, centred.T, lower=True).T
 
     def weight(self, theta: Float[np.ndarray, "coordinate type"]) -> Float[np.ndarray, "feature type"]:
         dual = solve_triangular(self.lower, theta, lower=True, trans="T")
-        x = self.features.x[self.rows]
-        weight = np.asarray(x.T @ dual, np.float64) - np.outer(self.centre, dual.sum(axis=0))
-        return weight * self.features.scale**2
+        return (np.asarray(self.features.T @ dual, np.float64) - np.outer(self.centre, dual.sum(axis=0))) * self.scale**2
 
 
-class _FeaturePlane(_Plane):
-    """The features themselves, centred where that is no matter of memory."""
+def _coordinates(features: sp.csr_matrix | Float[np.ndarray, "cell feature"]) -> _Coordinates:
+    """The cheapest exact ones."""
+    n, p = features.shape
+    squares = features.multiply(features).sum() if sp.issparse(features) else np.square(features, dtype=np.float64).sum()
+    scale = LENGTH / max(float(np.sqrt(squares / n)), 1e-12)
+    return _Products(features, scale) if n < p and n <= FEW else _Coordinates(features, scale)
 
-    def __init__(self, features: _Features, rows: Int[np.ndarray, "cell"]) -> None:
-        self.features = features
-        self.sparse = sp.issparse(features.x) and (features.x.shape[1] > FEW or np.prod(features.x.shape) > MOST_DENSE)
-        mean = np.asarray(features.x[rows].mean(axis=0), np.float64).reshape(-1)
-        self.centre = np.zeros_like(mean) if self.sparse else mean
-        self.z = self.apply(rows)
 
-    def apply(self, rows: Int[np.ndarray, "cell"]) -> Any:
-        if self.sparse:
-            return sp.csr_matrix(self.features.x[rows] * self.features.scale, dtype=np.float32)
-        return self.features.dense(rows) - (self.centre * self.features.scale).astype(np.float32)
+def _centred(
+    features: sp.csr_matrix | Float[np.ndarray, "cell feature"], centre: Float[np.ndarray, "feature"], scale: float
+) -> Float[np.ndarray, "cell feature"]:
+    dense = np.asarray(features if isinstance(features, np.ndarray) else features.toarray(), np.float32) * np.float32(scale)
+    return dense - (centre * scale).astype(np.float32)
 
-    def weight(self, theta: Float[np.ndarray, "coordinate type"]) -> Float[np.ndarray, "feature type"]:
-        return theta * self.features.scale
+
+class _Curvature(NamedTuple):
+    """Sums of squares of all cells along the axes where they are greatest, and along any other on average."""
+
+    axes: Float[np.ndarray, "coordinate axis"]
+    squares: Float[np.ndarray, "axis"]
+    others: float
+
+
+def _curvature(z: Float[np.ndarray, "cell coordinate"] | sp.csr_matrix) -> _Curvature:
+    """By a randomised decomposition (Halko et al. 2011), where there are many coordinates."""
+    r = z.shape[1]
+    axes = np.random.default_rng(0).normal(size=(r, min(r, N_AXES))).astype(np.float32)
+    for _ in range(3):
+        axes = np.linalg.qr(np.asarray(z.T @ np.asarray(z @ axes)))[0]
+    along = np.asarray(z @ axes, np.float64)
+    squares, turned = np.linalg.eigh(along.T @ along)
+    squares = np.maximum(squares, 0.0)
+    total = float(z.multiply(z).sum()) if sp.issparse(z) else float(np.einsum("cr,cr->", z, z, dtype=np.float64))
+    return _Curvature((axes @ turned).astype(np.float32), squares, max(0.0, total - float(squares.sum())) / max(1, r - len(squares)))
+
+
+class _Rounded:
+    """Other variables for theta, in which the loss curves about as much in all directions, so that few steps are needed."""
+
+    def __init__(self, curvature: _Curvature, each: float, n: int, strength: float) -> None:
+        self.axes = curvature.axes
+        self.rest = (each * curvature.others + 1 / strength) ** -0.5
+        self.factors = (each * curvature.squares[:, None] + 1 / strength) ** -0.5
+        self.intercept = (each * n) ** -0.5
+
+    def theta(self, phi: Float[np.ndarray, "coordinate+1 type"]) -> Float[np.ndarray, "coordinate+1 type"]:
+        """Theta of the variables; also their gradient, of that of theta."""
+        return self._stretched(phi, self.factors, self.rest, self.intercept)
+
+    def phi(self, theta: Float[np.ndarray, "coordinate+1 type"]) -> Float[np.ndarray, "coordinate+1 type"]:
+        """Undo `theta`."""
+        return self._stretched(theta, 1 / self.factors, 1 / self.rest, 1 / self.intercept)
+
+    def _stretched(self, x: np.ndarray, factors: np.ndarray, rest: float, intercept: float) -> np.ndarray:
+        along = (factors - rest) * (self.axes.T @ x[:-1].astype(np.float32))
+        return np.vstack((rest * x[:-1] + self.axes @ along.astype(np.float32), intercept * x[-1:]))
 
 
 def _path(
-    z: Float[np.ndarray, "cell coordinate"] | sp.csr_matrix,
+    x: _Coordinates,
+    rows: Int[np.ndarray, "cell"],
     codes: Int[np.ndarray, "cell"],
     n_types: int,
     strengths: Sequence[float],
     balance: float,
 ) -> Iterator[Float[np.ndarray, "coordinate+1 type"]]:
-    """Solutions for ascending strengths, each begun at the one before; the last row is the intercept."""
-    n, r = z.shape
+    """Solutions of some cells for ascending strengths, each begun at the one before; the last row is the intercept."""
+    z, n = x.z[rows], len(rows)
+    share = n / x.z.shape[0]
     sizes = np.bincount(codes, minlength=n_types)
     weights = (np.maximum(sizes, 1.0) ** -balance)[codes]
     weights *= n / weights.sum()
     truth = np.zeros((n, n_types))
     truth[np.arange(n), codes] = 1
-    theta = np.zeros((r + 1) * n_types)
+    theta = np.zeros((z.shape[1] + 1, n_types))
 
-    def loss(flat: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
-        at = flat.reshape(r + 1, n_types)
-        logs = log_softmax(np.asarray(z @ at[:-1].astype(np.float32), np.float64) + at[-1], axis=1)
+    def logs_of(at: Float[np.ndarray, "coordinate+1 type"]) -> Float[np.ndarray, "cell type"]:
+        return log_softmax(np.asarray(z @ at[:-1].astype(np.float32), np.float64) + at[-1], axis=1)
+
+    def loss(flat: np.ndarray, strength: float, rounded: _Rounded) -> tuple[float, np.ndarray]:
+        at = rounded.theta(flat.reshape(theta.shape))
+        logs = logs_of(at)
         residual = (np.exp(logs) - truth) * weights[:, None]
         gradient = np.empty_like(at)
         gradient[:-1] = np.asarray(z.T @ residual.astype(np.float32), np.float64) + at[:-1] / strength
         gradient[-1] = residual.sum(axis=0)
         value = -float((weights * logs[np.arange(n), codes]).sum()) + float(np.square(at[:-1]).sum()) / (2 * strength)
-        return value, gradient.ravel()
+        return value, rounded.theta(gradient).ravel()
 
+    options = {"maxiter": MOST_STEPS, "gtol": FLAT * np.sqrt(n), "ftol": 1e-8}
     for strength in strengths:
-        found = minimize(
-            loss, theta, args=(strength,), jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS, "gtol": 1e-3, "ftol": 1e-8}
-        )
-        theta = found.x
-        yield theta.reshape(r + 1, n_types).copy()
+        probabilities = np.exp(logs_of(theta))
+        each = max(float((weights[:, None] * probabilities * (1 - probabilities)).mean()), LEAST_CURVATURE)
+        rounded = _Rounded(x.curvature, each * share, x.z.shape[0], strength)
+        start: np.ndarray = rounded.phi(theta).ravel()
+        found = minimize(loss, start, args=(strength, rounded), jac=True, method="L-BFGS-B", options=options)
+        theta = rounded.theta(found.x.reshape(theta.shape))
+        yield theta.copy()
