@@ -294,12 +294,19 @@ def _path(
         value = -float((weights * logs[np.arange(n), codes]).sum()) + float(np.square(at[:-1]).sum()) / (2 * strength)
         return value, rounded.theta(gradient).ravel()
 
-    options = {"maxiter": MOST_STEPS, "gtol": FLAT * np.sqrt(n), "ftol": 1e-8}
+    flat = float(FLAT * np.sqrt(n))
     for strength in strengths:
         probabilities = np.exp(logs_of(theta))
         each = max(float((weights[:, None] * probabilities * (1 - probabilities)).mean()), LEAST_CURVATURE)
         rounded = _Rounded(x.curvature, each * share, x.z.shape[0], strength)
         start: np.ndarray = rounded.phi(theta).ravel()
-        found = minimize(loss, start, args=(strength, rounded), jac=True, method="L-BFGS-B", options=options)
+        found = minimize(
+            loss,
+            start,
+            args=(strength, rounded),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": MOST_STEPS, "gtol": flat, "ftol": 1e-8},
+        )
         theta = rounded.theta(found.x.reshape(theta.shape))
         yield theta.copy()
