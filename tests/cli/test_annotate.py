@@ -85,3 +85,28 @@ def test_a_stopped_fine_tuning_goes_on(cells, tmp_path, monkeypatch, caplog):
     assert any("going on after step" in record.message for record in caplog.records)
     assert not (tmp_path / ".classifier.training").exists()
     assert run(PREDICT) == 0
+
+
+def test_a_stopped_fine_tuning_that_replaces_another_goes_on(cells, tmp_path, monkeypatch, caplog):
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    assert run(f"{FIT} --tuning none") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(CellTypeClassifier, "save", stopped)
+        assert run(f"{FIT} {TUNED} --overwrite") == 2
+    assert run(f"{FIT} {TUNED} --overwrite") == 0
+    assert any("going on after step" in record.message for record in caplog.records)
+
+
+def test_a_fine_tuning_of_other_settings_is_not_gone_on_with(cells, tmp_path, monkeypatch, capsys):
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CellTypeClassifier, "save", stopped)
+        assert run(f"{FIT} {TUNED}") == 2
+    capsys.readouterr()
+    assert run(f"{FIT} {TUNED} --seed 5 --overwrite") == 2
+    assert "remove .classifier.training to begin anew" in capsys.readouterr().err
+    assert (tmp_path / ".classifier.training" / "checkpoints").is_dir()

@@ -68,7 +68,7 @@ def fit(
     threads
         Threads; by default as many as there are cores.
     overwrite
-        Replace the folder of an earlier classifier, and begin anew where one was stopped.
+        Replace the folder of an earlier classifier. A fine-tuning that was stopped goes on all the same.
     """
     folder = Path(out)
     from annformer.checkpoints import CLASSIFIER, MODEL_FILES
@@ -91,8 +91,6 @@ def fit(
         threads=threads,
     )
     unfinished = folder.with_name(f".{folder.name}.training")
-    if overwrite:
-        shutil.rmtree(unfinished, ignore_errors=True)
     classifier.fit(file, folder=unfinished, embedding=embedding, progress=progress_wanted())
     classifier.save(folder)
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -81,7 +81,7 @@ def command(
     threads
         Threads of the network; by default as many as there are cores.
     overwrite
-        Replace the folder of an earlier comparison, and begin anew where one was stopped.
+        Replace the folder of an earlier comparison. One that was stopped goes on all the same.
     """
     compare = _task(task)
     require_own(task, batch_key, novelty=novelty)
@@ -100,8 +100,6 @@ def command(
     adata = read_cells(file, batch_key=batch_key, label_key=label_key, layer=layer, gene_key=gene_key)
     options = {"recipe": recipe, "device": device, "threads": threads}
     unfinished = folder.with_name(f".{folder.name}.comparing")
-    if overwrite:
-        shutil.rmtree(unfinished, ignore_errors=True)
     found = compare(
         adata,
         batch_key=batch_key,

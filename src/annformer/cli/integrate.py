@@ -75,7 +75,7 @@ def command(
     threads
         Threads of the network; by default as many as there are cores.
     overwrite
-        Replace the folder of an earlier integration, and begin anew where one was stopped.
+        Replace the folder of an earlier integration. One that was stopped goes on all the same.
     """
     given = {"out": out, "batch_key": batch_key, "label_key": label_key, "model": model, "recipe": recipe, "corrected": corrected}
     more = {"gene_key": gene_key, "layer": layer, "epochs": epochs, "seed": seed, "device": device, "threads": threads}
@@ -96,8 +96,6 @@ def command(
         model, batch_key=batch_key, recipe=settings, layer=layer, gene_key=gene_key, seed=seed, device=device, threads=threads
     )
     unfinished = folder.with_name(f".{folder.name}.training")
-    if overwrite:
-        shutil.rmtree(unfinished, ignore_errors=True)
     integrator.fit(adata, folder=unfinished)
     integrator.transform(adata, key_added=KEY)
     if corrected is not None:

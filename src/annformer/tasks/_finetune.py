@@ -150,7 +150,7 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
     if (folder / JOB).is_file() and _has_checkpoints(folder):  # what stopped before the first one has nothing to lose
         if (folder / JOB).read_text(encoding="utf-8") != text:
             found = f"{folder} holds the training of other cells, or with another model, recipe or seed"
-            raise input_error(found, "the same call as before, to go on with", "repeat that call, or begin anew (--overwrite)")
+            raise input_error(found, "the same call as before, to go on with", f"repeat that call, or remove {folder} to begin anew")
     else:
         (folder / JOB).write_text(text, encoding="utf-8")
     try:
