@@ -125,6 +125,17 @@ def test_balance_calls_rare_types_more():
     assert called[0] < 0.05 < called[1]
 
 
+@pytest.mark.usefixtures("exact")
+def test_products_that_float32_gets_wrong_are_made_good(monkeypatch):
+    x, codes = problem(60, 200)
+    expected = fit_linear(sp.csr_matrix(x), codes, 3, np.arange(60) % 3, strengths=(0.01,), balance=0.0)
+    monkeypatch.setattr(_linear_part, "JITTER", 1e-12)  # far less than what is wrong
+    twice = np.vstack((x, x))  # half of the directions are nothing but that
+    found = fit_linear(sp.csr_matrix(twice), np.r_[codes, codes], 3, np.arange(120) % 60 % 3, strengths=(0.005,), balance=0.0)
+    said = [centred(one.linear.logits(x)) / one.factor for one in (found, expected)]
+    np.testing.assert_allclose(*said, atol=0.02)
+
+
 def test_a_type_that_a_fold_lacks_is_unlikely_there():
     x, codes = problem(60, 30)
     codes[codes == 2] = 0

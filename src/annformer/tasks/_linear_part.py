@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 
@@ -196,13 +196,24 @@ class _Products(_Coordinates):
         dense = _centred(features, self.centre, scale)  # a common part would hide the differences in float32
         gram = (dense @ dense.T).astype(np.float64)
         del dense
-        gram[np.diag_indices(len(gram))] += JITTER * max(float(np.trace(gram)) / len(gram), 1e-12)
-        self.lower = cholesky(gram, lower=True, overwrite_a=True)
+        means = gram.mean(axis=0)
+        gram += means.mean() - means[:, None] - means[None, :]  # the sum over all cells is nothing, but for what float32 gets wrong
+        self.lower = _lower(gram)
         self.z = self.lower.astype(np.float32)
 
     def weight(self, theta: Float[np.ndarray, "coordinate type"]) -> Float[np.ndarray, "feature type"]:
         dual = solve_triangular(self.lower, theta, lower=True, trans="T")
         return (np.asarray(self.features.T @ dual, np.float64) - np.outer(self.centre, dual.sum(axis=0))) * self.scale**2
+
+
+def _lower(gram: Float[np.ndarray, "cell cell"]) -> Float[np.ndarray, "cell cell"]:
+    """L of products = L L', a little added to these, and more where that is not enough."""
+    added = JITTER * max(float(np.trace(gram)) / len(gram), 1e-12)
+    while True:
+        try:
+            return cholesky(gram + np.diag(np.full(len(gram), added)), lower=True, overwrite_a=True)
+        except LinAlgError:
+            added *= 10
 
 
 def _coordinates(features: sp.csr_matrix | Float[np.ndarray, "cell feature"]) -> _Coordinates:
