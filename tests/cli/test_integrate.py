@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on(cells, tmp_path, monkeypatch, caplog):
         patch.setattr(BatchIntegrator, "transform", stopped)
         assert main(WORDS.split()) == 2
     assert (tmp_path / ".out.training" / "checkpoints").is_dir() and not (tmp_path / "out").exists()
-    (tmp_path / ".out.training" / "seconds").write_text("5000")
+    (tmp_path / ".out.training" / ".seconds").write_text("5000")
     assert main(WORDS.split()) == 0
     assert any("going on after step" in record.message for record in caplog.records)
     assert not (tmp_path / ".out.training").exists()

@@ -232,6 +232,8 @@ def test_names_that_do_not_exist(refused, tiny_adata) -> None:
     assert "give layer='Counts'" in refused(adata, layer="counts")
     assert "give cell_type_key='cell_type'" in refused(adata, label_keys={"cell_type": "celltype"})
     assert "give column='cell_type'" in refused(adata, label_keys={"celltype": "celltype"}), "a column by itself has no key"
+    del adata.obs["batch"]
+    assert "correct batch_key" in refused(adata, label_keys={"batch": "batch"}), "the option of this name has"
     assert "one of: 'X'" in refused(tiny_adata(), layer="nothing like it")
 
 
@@ -240,6 +242,10 @@ def test_cells_without_label(refused, tiny_adata) -> None:
     adata.obs.loc[["cell4", "cell9"], "batch"] = np.nan
     said = refused(adata, label_keys={"batch": "batch"})
     assert "obs['batch'] has no value in 2 of 60 cells (the first: 'cell4')" in said
+    for nothing in (np.full(60, np.nan, object), pd.Categorical([None] * 60), np.full(60, np.nan)):
+        assert "no value in 60 of 60" in refused(
+            ad.AnnData(adata.X, adata.obs.assign(batch=nothing), adata.var), label_keys={"batch": "batch"}
+        )
     adata.obs["batch"] = adata.obs["batch"].cat.add_categories(["", " "])
     adata.obs.loc["cell4", "batch"], adata.obs.loc["cell9", "batch"] = "", " "
     assert refused(adata, label_keys={"batch": "batch"}) == said, "a blank is no name of a batch"

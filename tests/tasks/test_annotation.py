@@ -207,6 +207,14 @@ def test_columns_of_the_users_own_stay(fitted, query):
     assert set(cells.obs["kind_majority"]) == {"mine"} and "kind_share" in cells.obs
 
 
+def test_columns_that_only_the_other_task_writes_stay(fitted, query):
+    cells = query[:20].copy()
+    fitted.predict(cells, key_added="kind")
+    cells.obs["kind_share"], cells.obs["kind_distance"] = 1.0, 2.0
+    fitted.predict(cells, key_added="kind")
+    assert {"kind_share", "kind_distance"} <= set(cells.obs)
+
+
 def test_a_prediction_does_not_depend_on_the_other_cells_or_their_order(fitted, query):
     whole, part = fitted.predict_proba(query), fitted.predict_proba(query[::-3].copy())
     np.testing.assert_allclose(whole.loc[part.index], part, atol=1e-5)

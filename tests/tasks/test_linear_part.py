@@ -52,6 +52,18 @@ def test_it_stops_where_probabilities_hardly_change(monkeypatch, n, p):
     assert (said[0].argmax(axis=1) != said[1].argmax(axis=1)).mean() < 0.02
 
 
+def test_types_of_few_cells_are_called_under_a_weak_penalty():
+    rng = np.random.default_rng(0)
+    codes = np.sort(np.r_[np.repeat([0, 1], 400), np.repeat([2, 3], 6)])
+    x = rng.poisson(0.5, size=(len(codes), 300)).astype(np.float32)
+    for code in range(4):
+        x[codes == code, 10 * code : 10 * code + 10] += 2
+    found = fit_linear(sp.csr_matrix(x), codes, 4, np.arange(len(codes)) % 3, strengths=(0.1, 30.0), balance=0.5)
+    called = found.out_of_fold.argmax(axis=1)
+    assert (called[codes >= 2] == codes[codes >= 2]).mean() > 0.8
+    assert (called[codes < 2] == codes[codes < 2]).mean() > 0.98
+
+
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("n", "p"), [(60, 200), (200, 40)])
 def test_features_that_are_dense_or_sparse_or_too_many_give_the_same(monkeypatch, n, p):

@@ -195,6 +195,15 @@ def test_cells_that_are_in_the_reference_are_not_added_again(mapper, reference, 
         assert one.n_cells_ == 90
 
 
+def test_shallow_cells_that_look_alike_are_not_taken_for_the_same(reference, tiny_model):
+    counts = np.zeros((40, reference.n_vars), np.float32)
+    counts[np.arange(40), np.arange(40) % 5] = counts[:, 9] = 1
+    shallow = anndata.AnnData(csr_matrix(counts), obs=reference.obs[:40], var=reference.var)
+    mapper = af.ReferenceMapper(tiny_model, label_key="cell_type", n_neighbours=5, threads=1).fit(shallow[:20].copy())
+    mapper.add(shallow[20:].copy())
+    assert mapper.n_cells_ == 40
+
+
 def test_of_cells_that_are_partly_there_the_others_are_added(mapper, reference, tiny_adata, caplog):
     new = tiny_adata(30, seed=4)
     new.obs_names = [f"new{i}" for i in range(30)]

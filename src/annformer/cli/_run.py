@@ -82,11 +82,12 @@ def _logging(level: int) -> Iterator[None]:
 @contextmanager
 def _ctrl_c_heard() -> Iterator[None]:
     """Say Ctrl-C once more where Python dropped it: what is raised while an object is taken apart is printed and forgotten."""
-    before = sys.unraisablehook
+    before, timers = sys.unraisablehook, []
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            timers.append(threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)))
+            timers[-1].start()
         else:
             before(dropped)
 
@@ -95,6 +96,8 @@ def _ctrl_c_heard() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()  # what was to be stopped has ended by itself
 
 
 @contextmanager

@@ -90,10 +90,11 @@ def fit(
         device=device,
         threads=threads,
     )
-    unfinished = folder.with_name(f".{folder.name}.training")
+    unfinished = folder.with_name(f".{folder.name}.training") if settings.tunes else None
     classifier.fit(file, folder=unfinished, embedding=embedding, progress=progress_wanted())
     classifier.save(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if unfinished is not None:  # that of another fine-tuning would have been refused
+        shutil.rmtree(unfinished, ignore_errors=True)
     _say(classifier, folder)
 
 

@@ -208,14 +208,12 @@ class AnnDataSource:
     def codes(self, role: str, column: str) -> Int[np.ndarray, "cell"]:
         """Integer codes of an obs column; what they stand for is then in `categories[role]`.
 
-        A column that stands for itself, role and name being one, has no `..._key` by which the user named it.
-
         Raises
         ------
         InputError
             When there is no such column, or a cell has no value in it; for a batch a blank is none (a type that is blank is no type).
         """
-        option, what = ("column", "value") if role == column else (f"{role}_key", role)
+        option, what = ("column", "value") if role == column and role not in NAMED else (f"{role}_key", role)
         values = require_column(self.container.obs, column, where="obs", option=option)
         missing = np.flatnonzero(_blank(values) if role == "batch" else np.asarray(values.isna()))
         if len(missing):
@@ -295,13 +293,18 @@ class AnnDataSource:
             warnings.warn(msg, AnnformerWarning, stacklevel=3)
 
 
+NAMED = ("batch", "label", "cluster")
+"""Roles of columns that users name by an option, `batch_key` and so on, whatever the column is called; other columns may be asked for by
+their own names, which are no options."""
+
+
 def _blank(values: pd.Series) -> Bool[np.ndarray, "cell"]:
     """Which values are missing, or text without a letter."""
     missing = np.asarray(values.isna())
     if not is_text(values):
         return missing
     codes, kinds = pd.factorize(values)  # few kinds stand for many cells
-    return missing | np.append([not text.strip() for text in as_text(kinds)], True)[codes]
+    return missing | np.array([*(not text.strip() for text in as_text(kinds)), True])[codes]
 
 
 def _require_some(container: Container) -> None:

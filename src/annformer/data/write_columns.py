@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from annformer.data.write import group_at, opened, settle, write_copy
 
 ALWAYS = {"annotation": ("", "_confidence", "_novelty", "_set"), "mapping": ("", "_share", "_distance", "_novelty")}
 """Task -> what stands behind the key in the names of the columns that it always writes."""
-SOMETIMES = ("_by_expression", "_by_network", "_majority")
+SOMETIMES = {"annotation": ("_by_expression", "_by_network", "_majority"), "mapping": ()}
+"""Likewise, of columns that it writes when asked to."""
 
 
 def left_over(there: Collection[str], written: pd.DataFrame, key: str, record: Any) -> list[str]:
@@ -29,10 +29,11 @@ def left_over(there: Collection[str], written: pd.DataFrame, key: str, record: A
         What stands in uns for the key. Where the record got lost, as it does when cells are joined, an earlier prediction is known by all
         the columns that it always writes; a column of the user's own that happens to begin with the key is left alone.
     """
-    recorded = isinstance(record, Mapping) and record.get("task") in ALWAYS
-    if not recorded and not any(set(there).issuperset(key + end for end in ends) for ends in ALWAYS.values()):
-        return []
-    possible = {key + end for end in (*chain(*ALWAYS.values()), *SOMETIMES)}
+    recorded = record.get("task") if isinstance(record, Mapping) else None
+    tasks = [
+        task for task, ends in ALWAYS.items() if task == recorded or (recorded is None and set(there).issuperset(key + end for end in ends))
+    ]
+    possible = {key + end for task in tasks for end in (*ALWAYS[task], *SOMETIMES[task])}
     return [name for name in there if name in possible and name not in written]
 
 

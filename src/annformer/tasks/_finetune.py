@@ -145,20 +145,30 @@ def _run_folder(folder: Path | None, job: Mapping[str, Any]) -> Iterator[Path]:
             raise RunStopped(str(input_error(found, "to run to the end", remedy))) from None
         return
     new = not folder.exists()
+    require_same_job(folder, job)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(job, sort_keys=True)
-    if (folder / JOB).is_file() and _has_checkpoints(folder):  # what stopped before the first one has nothing to lose
-        if (folder / JOB).read_text(encoding="utf-8") != text:
-            found = f"{folder} holds the training of other cells, or with another model, recipe or seed"
-            raise input_error(found, "the same call as before, to go on with", f"repeat that call, or remove {folder} to begin anew")
-    else:
-        (folder / JOB).write_text(text, encoding="utf-8")
+    (folder / JOB).write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
     try:
         yield folder
     except BaseException:
         if new and not _has_checkpoints(folder):  # nothing to go on from; a folder that was there may hold other things
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def require_same_job(folder: Path | None, job: Mapping[str, Any]) -> None:
+    """Refuse to go on with the training of something else; what stopped before its first checkpoint has nothing to lose.
+
+    Raises
+    ------
+    InputError
+        When another job has left checkpoints in `folder`.
+    """
+    if folder is None or not (folder / JOB).is_file() or not _has_checkpoints(folder):
+        return
+    if (folder / JOB).read_text(encoding="utf-8") != json.dumps(job, sort_keys=True):
+        found = f"{folder} holds the training of other cells, or with another model, recipe or seed"
+        raise input_error(found, "the same call as before, to go on with", f"repeat that call, or remove {folder} to begin anew")
 
 
 def _has_checkpoints(folder: Path) -> bool:

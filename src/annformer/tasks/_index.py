@@ -24,6 +24,7 @@ from annformer.tasks._search import Nearest, Parts, blocks, build_lists, nearest
 from annformer.tokenizer import TokenizerSettings
 
 FORMAT: Final = 2
+"""2: with a key of every cell, so that none is added twice."""
 SETTINGS: Final = "index.json"
 MODEL: Final = "model"
 MAPPED: Final = ("vectors.npy", "lists.faiss")
@@ -234,7 +235,11 @@ def _read_settings(folder: Path) -> IndexSettings:
     number, files = content.pop("format", None), content.pop("files", None)
     if number != FORMAT or not isinstance(files, dict):
         found = f"{folder / SETTINGS} has format {number!r}"
-        raise input_error(found, f"the index of a reference, format {FORMAT}", "fit the reference again, or give the folder of an index")
+        raise input_error(
+            found,
+            f"the index of a reference, format {FORMAT}",
+            "fit the reference again, or give the folder of an index",
+        )
     settings = IndexSettings.read(content, where=str(folder / SETTINGS))
     for name, stamp in files.items():
         if not (folder / name).is_file():

@@ -32,7 +32,8 @@ JITTER = 1e-4
 """Added to the products of cells with themselves, in mean products: more than what float32 gets wrong of them."""
 MOST_STEPS = 100
 FLAT = 1e-3
-"""Steepness at which a solution is good enough, where each direction curves about as much as one cell in its square root."""
+"""Steepness, in square roots of the cells, at which learning stops. Soon, on purpose: to go on to the very end takes three times as
+long, and types of few cells that lie apart are then called worse, since weak penalties make it ever surer of the others."""
 N_AXES = 64
 """Directions whose curvature is told apart; all others are taken to curve alike."""
 LEAST_CURVATURE = 1e-3
@@ -162,7 +163,8 @@ class _Coordinates:
     """Coordinates of all cells: all that a quadratic penalty sees of their features. The features themselves, to a common scale.
 
     What is taken off as the centre, and that cells are among them which are not learned from, changes nothing in what is learned from
-    others: the intercept is free, and weights lie in the span of the cells that are learned from.
+    others: the intercept is free, and the best weights lie in the span of the cells that are learned from. (On the way there all cells,
+    without their types, decide where steps go.)
     """
 
     z: Float[np.ndarray, "cell coordinate"] | sp.csr_matrix

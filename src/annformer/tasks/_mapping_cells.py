@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Bool, Int, UInt64
 
 from annformer.data.anndata import AnnDataSource
-from annformer.data.cell_keys import cell_keys, contains
+from annformer.data.cell_keys import MIN_EXPRESSED, cell_keys, contains
 from annformer.data.tables import as_text, require_column
 from annformer.errors import AnnformerWarning, input_error
 from annformer.evaluate.integration import UNLABELLED
@@ -59,7 +59,9 @@ class Looked(NamedTuple):
     """What the counts of cells say before they are embedded."""
 
     keys: UInt64[np.ndarray, "cell"]
-    """Equal for cells whose counts are equal in every gene that the model knows; 0 where no such gene is expressed."""
+    """Equal for cells whose counts are equal in every gene that the model knows; 0 where few are expressed: other cells may be alike."""
+    n_expressing: int
+    """Cells that express a gene that the model knows."""
     known: Bool[np.ndarray, "cell"]
     """Whether a cell is in the reference already."""
     genes: dict[str, int]
@@ -75,9 +77,11 @@ class Looked(NamedTuple):
 def looked_at(source: Chosen, vocab: GeneVocab, keys: UInt64[np.ndarray, "reference"]) -> Looked:
     """Go through the counts of cells once, and hold them against the keys of those in the reference."""
     in_reference, everywhere = np.unique(keys), np.zeros(len(vocab), np.int8)
-    found, known, counts = [], [], None
+    found, known, counts, n_expressing = [], [], None, 0
     for cells in source.batches(CELLS_AT_ONCE, vocab=vocab):
-        key = cell_keys(cells, everywhere)[0][:, 0]
+        key, expressed = (one[:, 0] for one in cell_keys(cells, everywhere))
+        n_expressing += int(np.count_nonzero(expressed))
+        key[expressed < MIN_EXPRESSED] = 0
         same = contains(in_reference, key) & (key != 0)
         found.append(key)
         known.append(same)
@@ -85,12 +89,12 @@ def looked_at(source: Chosen, vocab: GeneVocab, keys: UInt64[np.ndarray, "refere
         counts, ids = here if counts is None else counts + here, cells.gene_ids
     assert counts is not None, "a source has cells"
     genes = {vocab.tokens[i]: int(n) for i, n in zip(ids, counts, strict=True)}
-    return Looked(np.concatenate(found), np.concatenate(known), genes)
+    return Looked(np.concatenate(found), n_expressing, np.concatenate(known), genes)
 
 
 def require_new(looked: Looked, name: str) -> None:
     """Refuse cells that are all in the reference already; say how many are, and how many occur twice among the new ones."""
-    n_known, n = int(looked.known.sum()), int((looked.keys != 0).sum())
+    n_known, n = int(looked.known.sum()), looked.n_expressing
     if n and n_known == n:
         found = f"all {n:,} labelled cells of {name} are in the reference already, with the same counts in every gene"
         remedy = "add other cells, or use the reference as it is; to give these cells other labels, fit it again"

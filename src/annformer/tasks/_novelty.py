@@ -115,9 +115,8 @@ def fit_novelty(
 def warn_if_coarse(novelty: Novelty) -> None:
     """Say when too few cells were held back for the usual limit to mean what it says."""
     if (n := len(novelty.joined)) < ENOUGH:
-        log.warning(
-            "%d cells were held back: that a novelty above %g is one known cell in %d can be told from %d on", n, NOVEL, ENOUGH, ENOUGH
-        )
+        said = "%d cells were held back, too few to tell what one known cell in %d looks like: do not trust a limit of %g unseen"
+        log.warning(said, n, ENOUGH, NOVEL)
 
 
 def _distances(

@@ -50,7 +50,7 @@ def predictions(index: ReferenceIndex, found: Nearest, there: Int[np.ndarray, "q
     novelty = index.percentile(far)
     if limit is not None:
         codes[above := novelty > limit] = len(index.classes)
-        if above.mean() > 0.5:
+        if 2 * above.sum() > len(above):
             said = "%s of %s cells have a novelty above %g and get no label: those of other studies lie further away, of known types too"
             log.warning(said, f"{int(above.sum()):,}", f"{len(above):,}", limit)
     whole = np.full(n_cells, len(index.classes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from annformer.tasks._network_part import network_part, network_says, require_re
 from annformer.tasks._novelty import NOVEL, warn_if_coarse
 from annformer.tasks._output import Output
 from annformer.tasks._place import check_key, check_target, put_columns
+from annformer.tasks._stopwatch import timed
 from annformer.tasks._threads import torch_threads
 from annformer.vocab import GeneVocab
 
@@ -88,7 +88,7 @@ class CellTypeClassifier:
     history_
         Losses by step of a tuned network, `train/...` and `validation/...`; else empty.
     seconds_
-        What `fit` took.
+        What `fit` took, earlier starts in the same folder included.
     """
 
     def __init__(
@@ -136,11 +136,16 @@ class CellTypeClassifier:
         InputError
             When a column is missing or has gaps, or there is one type only.
         """
-        began = time.monotonic()
+        with timed(None if folder is None else Path(folder)) as seconds:
+            self._fit(adata, folder, {"embedding": embedding, "progress": progress})
+            self.seconds_ = seconds()
+        return self
+
+    def _fit(self, adata: AnnData | str | Path, folder: str | Path | None, how: How) -> None:
         recipe, base = self._recipe, loaded(self.model)
         self.model_ = untouched(base, pretrained=self.pretrained, seed=self.seed, device=self.device)
-        require_read(embedding, reads=recipe.tuning == "frozen")
-        with self._cells(adata, {"embedding": embedding, "progress": progress}) as cells:
+        require_read(how["embedding"], reads=recipe.tuning == "frozen")
+        with self._cells(adata, how) as cells:
             reference = self._read(cells.source, base.vocab.all_trained(), recipe)
             self.model_, network, self.history_ = network_part(
                 base,
@@ -159,8 +164,6 @@ class CellTypeClassifier:
         made = self.model_.config.provenance if recipe.tunes else {}
         made = self._learned.provenance(recipe, base=base.name, pretrained=self.pretrained) | made
         self.model_.config = self.model_.config.model_copy(update={"provenance": made})
-        self.seconds_ = time.monotonic() - began
-        return self
 
     def _read(self, source: AnnDataSource, vocab: GeneVocab, recipe: AnnotationRecipe) -> Reference:
         if recipe.tunes:

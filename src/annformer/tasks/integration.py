@@ -27,7 +27,7 @@ from annformer.scgpt import DEFAULT_MODEL, ModelFolderConfig, ScGPT
 from annformer.tasks._alignment import find_anchors
 from annformer.tasks._cells import chosen_genes, digest, expression_over, n_matched, reads_sizes, require_counts, require_genes
 from annformer.tasks._correction import Correction, fit_correction
-from annformer.tasks._finetune import grown, loaded, made_for, trained
+from annformer.tasks._finetune import grown, loaded, made_for, require_same_job, trained
 from annformer.tasks._integration_cells import require_batches, warn_empty
 from annformer.tasks._integration_recipe import IntegrationRecipe
 from annformer.tasks._place import check_key, check_target, put
@@ -153,6 +153,10 @@ class BatchIntegrator:
         cells = MemoryCells(source, vocab, [self.batch_key])
         codes, self.batches_ = cells.codes(self.batch_key), cells.categories(self.batch_key)
         require_batches(codes, self.batches_, self.batch_key)
+        known_as = digest(cells, codes)
+        asked = {"pretrained": self.pretrained, "recipe": recipe.model_dump(mode="json"), "seed": self.seed}
+        job = {"model": base.fingerprint, "cells": known_as} | asked
+        require_same_job(place, job)
         self.match_ = source.match(vocab)
         self._n_matched = n_matched(source, vocab)
         panel, self._how_chosen = chosen_genes(cells, codes, recipe.n_genes)
@@ -165,9 +169,6 @@ class BatchIntegrator:
             data = self._data(cells, recipe.with_(train=recipe.train.with_(epochs=epochs).model_dump()))
         expression = expression_over(cells, panel)
         self._prepare(expression, codes, recipe)
-        known_as = digest(cells, codes)
-        asked = {"pretrained": self.pretrained, "recipe": recipe.model_dump(mode="json"), "seed": self.seed}
-        job = {"model": base.fingerprint, "cells": known_as} | asked
         log.info(
             "fine-tuning %s on %s cells (%s held back) of %d batches, %s genes, for %d steps",
             base.name,
