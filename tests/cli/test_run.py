@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import time
 import types
@@ -37,6 +38,15 @@ def failing(error: BaseException):
     return action
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C, which a shell that runs the tests in the background has taken away from all its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_while_an_object_is_taken_apart_is_not_lost(command, capsys):
     class Slow:
         def __del__(self):

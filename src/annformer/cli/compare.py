@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from annformer.comparison.result import Comparison
 
-ANNOTATION_TABLES = ("predictions.csv", "confusion.csv", "reliability.csv", "coverage.csv", "novelty.csv")
+ANNOTATION_TABLES = ("predictions.csv", "confusion.csv", "reliability.csv", "coverage.csv", "novelty.csv", "novelty_mean.csv")
 FILES = ("report.html", "integrated.h5ad", "scores.csv", "verdicts.csv", "per_type.csv")
 """What the folder of a comparison of integration holds."""
 FILES_OF = {"integrate": FILES, "annotate": ("report.html", "scores.csv", "verdicts.csv", "per_type.csv", *ANNOTATION_TABLES)}
