@@ -9,6 +9,7 @@ from numpy import ndarray
 from annformer.kernels import GOLDEN, LARGEST, jit, mix, threshold
 
 ODD = np.uint64(0xD6E8FEB86659FD93)
+"""What values are multiplied with, as genes are with `GOLDEN`: so a gene and a value that change places hash to something else."""
 
 
 @jit

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -60,13 +60,15 @@ class Shown:
             scores = _scores(embeddings, labels, batches, scored, seed)
         label = label_key if label_key is not None else integrator.batch_key
         sizes = zip(*np.unique(batches, return_counts=True), strict=True)
-        how = str(integrator.model_.config.provenance["genes_chosen_by"])
+        made, n_genes = integrator.model_.config.provenance, len(integrator.genes_)
+        how = str(made["genes_chosen_by"])
+        asked_for = cast("dict[str, int]", made["recipe"])["n_genes"]
         facts: dict[str, object] = {
             "cells": name,
             "size": f"{adata.n_obs:,} cells, {source.n_vars:,} genes",
             "matrix used": f"{source.counts.where}: {source.counts.kind}",
             "batches": f"{integrator.batch_key}: {', '.join(f'{batch} {n:,}' for batch, n in sizes)}",
-            "genes read": how if how.startswith("all ") else f"{len(integrator.genes_):,} that vary within the batches ({how})",
+            "genes read": how if n_genes < asked_for else f"{n_genes:,} that vary within the batches ({how})",
             "time": f"{integrator.seconds_:,.0f} s",
         }
         if scored.sum() < known.sum():

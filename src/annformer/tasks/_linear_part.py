@@ -37,6 +37,7 @@ long, and types of few cells that lie apart are then called worse, since weak pe
 N_AXES = 64
 """Directions whose curvature is told apart; all others are taken to curve alike."""
 LEAST_CURVATURE = 1e-3
+"""Of the loss of a cell: one that is sure of all cells hardly curves, and steps would have no end."""
 TEMPERATURES = (1.0, 20.0)
 """Between which factors of logits are sought: against what is too sure there are stronger penalties."""
 
@@ -213,7 +214,9 @@ def _lower(gram: Float[np.ndarray, "cell cell"]) -> Float[np.ndarray, "cell cell
     added = JITTER * max(float(np.trace(gram)) / len(gram), 1e-12)
     while True:
         try:
-            return cholesky(gram + np.diag(np.full(len(gram), added)), lower=True, overwrite_a=True)
+            raised = gram.copy()
+            raised[np.diag_indices(len(gram))] += added
+            return cholesky(raised, lower=True, overwrite_a=True)
         except LinAlgError:
             added *= 10
 
@@ -307,7 +310,7 @@ def _path(
         value = -float((weights * logs[np.arange(n), codes]).sum()) + float(np.square(at[:-1]).sum()) / (2 * strength)
         return value, rounded.theta(gradient).ravel()
 
-    flat = float(FLAT * np.sqrt(n))
+    steepness = float(FLAT * np.sqrt(n))
     for strength in strengths:
         probabilities = np.exp(logs_of(theta))
         each = max(float((weights[:, None] * probabilities * (1 - probabilities)).mean()), LEAST_CURVATURE)
@@ -319,7 +322,7 @@ def _path(
             args=(strength, rounded),
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": MOST_STEPS, "gtol": flat, "ftol": 1e-8},
+            options={"maxiter": MOST_STEPS, "gtol": steepness, "ftol": 1e-8},
         )
         theta = rounded.theta(found.x.reshape(theta.shape))
         yield theta.copy()
