@@ -38,6 +38,21 @@ def run(line: str) -> int:
     return main(shlex.split(line))
 
 
+@pytest.fixture
+def stopped(monkeypatch):
+    """Run a line that Ctrl-C ends when the classifier is learned, and not yet saved."""
+
+    def to_the_end(line: str) -> None:
+        def ctrl_c(*_args, **_options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CellTypeClassifier, "save", ctrl_c)
+            assert run(line) == 2
+
+    return to_the_end
+
+
 def test_from_reference_to_types(cells, tmp_path, capsys):
     assert run(FIT) == 0
     said = capsys.readouterr().out
@@ -73,13 +88,8 @@ def test_what_exists_is_not_replaced_unasked(cells, capsys):
     assert run(f"{FIT} --tuning none --overwrite") == 0 == run(f"{PREDICT} --overwrite")
 
 
-def test_a_stopped_fine_tuning_goes_on(cells, tmp_path, monkeypatch, caplog):
-    def stopped(*_args, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CellTypeClassifier, "save", stopped)
-        assert run(f"{FIT} {TUNED}") == 2
+def test_a_stopped_fine_tuning_goes_on(cells, tmp_path, stopped, caplog):
+    stopped(f"{FIT} {TUNED}")
     assert (tmp_path / ".classifier.training" / "checkpoints").is_dir() and not (tmp_path / "classifier").exists()
     assert run(f"{FIT} {TUNED}") == 0
     assert any("going on after step" in record.message for record in caplog.records)
@@ -87,25 +97,15 @@ def test_a_stopped_fine_tuning_goes_on(cells, tmp_path, monkeypatch, caplog):
     assert run(PREDICT) == 0
 
 
-def test_a_stopped_fine_tuning_that_replaces_another_goes_on(cells, tmp_path, monkeypatch, caplog):
-    def stopped(*_args, **_options):
-        raise KeyboardInterrupt
-
+def test_a_stopped_fine_tuning_that_replaces_another_goes_on(cells, tmp_path, stopped, caplog):
     assert run(f"{FIT} --tuning none") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(CellTypeClassifier, "save", stopped)
-        assert run(f"{FIT} {TUNED} --overwrite") == 2
+    stopped(f"{FIT} {TUNED} --overwrite")
     assert run(f"{FIT} {TUNED} --overwrite") == 0
     assert any("going on after step" in record.message for record in caplog.records)
 
 
-def test_a_fine_tuning_of_other_settings_is_not_gone_on_with(cells, tmp_path, monkeypatch, capsys):
-    def stopped(*_args, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CellTypeClassifier, "save", stopped)
-        assert run(f"{FIT} {TUNED}") == 2
+def test_a_fine_tuning_of_other_settings_is_not_gone_on_with(cells, tmp_path, stopped, capsys):
+    stopped(f"{FIT} {TUNED}")
     capsys.readouterr()
     assert run(f"{FIT} {TUNED} --seed 5 --overwrite") == 2
     assert "remove .classifier.training to begin anew" in capsys.readouterr().err

@@ -11,10 +11,11 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 import annformer as af
+from annformer.data.write_columns import ALWAYS, SOMETIMES
 from annformer.errors import AnnformerWarning, InputError
 from annformer.model.config import ModelConfig
 from annformer.scgpt import ModelFolderConfig, ScGPT
-from annformer.tasks._annotation_recipe import AnnotationRecipe
+from annformer.tasks._annotation_recipe import TASK, AnnotationRecipe
 from annformer.tasks._votes import UNASSIGNED
 from annformer.tasks.annotation import CellTypeClassifier
 
@@ -225,6 +226,7 @@ def test_nothing_but_its_columns_is_written(fitted, query):
     fitted.predict(cells, key_added="kind")
     ends = ("", "_confidence", "_novelty", "_set", "_by_expression", "_by_network")
     assert set(cells.obs) - set(query.obs) == {f"kind{end}" for end in ends}
+    assert set(ends) | {"_majority"} == {*ALWAYS[TASK], *SOMETIMES[TASK]}, "what goes when the cells are called again"
     assert set(cells.uns["annformer"]) == {"kind"} and not cells.obsm and (cells.X != query.X).nnz == 0
 
 

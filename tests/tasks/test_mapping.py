@@ -11,6 +11,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import annformer as af
+from annformer.data.write_columns import ALWAYS
 from annformer.tasks import _encoding, _reference
 
 KEY = "mapped_cell_type"
@@ -65,6 +66,7 @@ def test_what_is_written(mapper, query):
     before = query.copy()
     assert mapper.predict(query, key_added="type") is None
     assert set(query.obs) - set(before.obs) == {"type", "type_share", "type_distance", "type_novelty"}
+    assert {f"type{end}" for end in ALWAYS["mapping"]} == set(query.obs) - set(before.obs), "what goes when the cells are mapped again"
     record = query.uns["annformer"]["type"]
     assert record["task"] == "mapping"
     assert (record["n_neighbours"], record["n_cells"], record["search"], record["label_key"]) == (5, 90, "exact", "cell_type")
